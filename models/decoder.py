@@ -1,0 +1,239 @@
+"""GPT-2 as pure functions of parameters with a leading run axis, with switches for looped and norm-free variants.
+
+Numerically GPT-2 (Radford et al. 2019): pre-norm, learned positions, fused c_attn, biases, tanh-gelu, tied head.
+Parameter names and layouts are those of Hugging Face's GPT2LMHeadModel, so folders are exchanged without renaming.
+Shapes: K runs, B batch rows, T tokens, A answer positions, V vocabulary, d width, S effective layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from groundswell.config import ConfigError
+from groundswell.protocols import Model, Parameters, ParameterSpec, Task
+from models import huggingface
+from models.layers import ACTIVATIONS, Generators, attention, dropout, embed, layer_norm, linear, scores, take
+
+WTE = "transformer.wte.weight"
+WPE = "transformer.wpe.weight"
+HEAD = "lm_head.weight"
+
+
+class Decoder(Model):
+    """A decoder-only transformer. Its block stack runs `num_recurrences` times over the residual stream."""
+
+    packable: ClassVar[frozenset[str]] = frozenset({"init_scale"})
+
+    num_layers: int = Field(2, gt=0, description="blocks with weights of their own")
+    num_heads: int = Field(4, gt=0, description="attention heads; must divide width")
+    width: int = Field(128, gt=0, description="size of the residual stream")
+    mlp_width: int | None = Field(None, gt=0, description="hidden units of the MLP; default 4 * width")
+    activation: Literal["gelu_new", "gelu", "relu"] = Field("gelu_new", description="of the MLP; gelu_new is GPT-2's tanh form")
+    layer_norm: bool = Field(True, description="False leaves every LayerNorm out")
+    tied_head: bool = Field(True, description="the token embedding is also the output matrix")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings, attention weights and residual branches")
+    init_scale: float = Field(1.0, gt=0, description="multiplies the standard deviation of every initial weight")
+    init_std: float = Field(0.02, gt=0, description="of initial weights; c_proj: divided by sqrt(2 * num_layers)")
+    num_positions: int | None = Field(None, gt=0, description="rows of the position table; default the task's length")
+    num_recurrences: int = Field(1, gt=0, description="passes of the whole block stack, without a norm in between")
+    re_embed: bool = Field(False, description="before passes 2..: x += softmax(temperature * x E^T) E, E the embedding")
+    re_embed_temperature: float = Field(1.0, gt=0, description="factor on the scores of re_embed")
+
+    @model_validator(mode="after")
+    def _check(self) -> Decoder:
+        if self.width % self.num_heads:
+            remedy = ", ".join(str(n) for n in range(1, min(self.width, 64) + 1) if self.width % n == 0)
+            raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}; choose one of {remedy}")
+        return self
+
+    def check(self, task: Task) -> None:
+        if self.num_positions is not None and self.num_positions < task.max_length:
+            raise ValueError(
+                f"model.num_positions {self.num_positions} is less than the task's {task.max_length} tokens; "
+                f"set model.num_positions={task.max_length} or leave it out"
+            )
+
+    @property
+    def hidden_width(self) -> int:
+        return self.mlp_width or 4 * self.width
+
+    @property
+    def num_effective_layers(self) -> int:
+        return self.num_layers * self.num_recurrences
+
+    # ---- parameters ----
+
+    def parameters(self, vocab_size: int, max_length: int) -> list[ParameterSpec]:
+        """Decayed tensors first: matrices and embeddings are decayed, biases and LayerNorms are not."""
+        d, m = self.width, self.hidden_width
+        std = self.init_std * self.init_scale
+        residual_std = std / math.sqrt(2 * self.num_layers)  # GPT-2's c_proj; counts physical layers
+        decayed = [ParameterSpec(WTE, (vocab_size, d), True, std)]
+        decayed += [ParameterSpec(WPE, (self.num_positions or max_length, d), True, std)]
+        if not self.tied_head:
+            decayed += [ParameterSpec(HEAD, (vocab_size, d), True, std)]
+        rest: list[ParameterSpec] = []
+        for layer in range(self.num_layers):
+            name = f"transformer.h.{layer}."
+            for part, shape, deviation in (
+                ("attn.c_attn", (d, 3 * d), std),
+                ("attn.c_proj", (d, d), residual_std),
+                ("mlp.c_fc", (d, m), std),
+                ("mlp.c_proj", (m, d), residual_std),
+            ):
+                decayed += [ParameterSpec(f"{name}{part}.weight", shape, True, deviation)]
+                rest += [ParameterSpec(f"{name}{part}.bias", shape[1:], False)]
+            if self.layer_norm:
+                rest += self._norm_specs(f"{name}ln_1") + self._norm_specs(f"{name}ln_2")
+        return decayed + rest + (self._norm_specs("transformer.ln_f") if self.layer_norm else [])
+
+    def _norm_specs(self, name: str) -> list[ParameterSpec]:
+        shape = (self.width,)
+        return [ParameterSpec(f"{name}.weight", shape, False, None, 1.0), ParameterSpec(f"{name}.bias", shape, False)]
+
+    # ---- forward pieces ----
+
+    def embed(self, parameters: Parameters, tokens: Tensor, generators: Generators | None = None) -> Tensor:
+        """tokens [K, B, T] -> residual stream before the first block [K, B, T, d]."""
+        positions = parameters[WPE]
+        length = tokens.shape[-1]
+        if length < positions.shape[1]:
+            positions = positions[:, :length]
+        x = embed(parameters[WTE], tokens) + positions.unsqueeze(1)
+        return dropout(x, self.dropout, generators)
+
+    def block(
+        self,
+        parameters: Parameters,
+        layer: int,
+        x: Tensor,
+        positions: Tensor | None = None,
+        generators: Generators | None = None,
+    ) -> Tensor:
+        """Residual stream through effective layer `layer` (physical layer modulo num_layers): [K, B, T, d] -> the same.
+
+        With `positions` [K, B, A] only those tokens come out, [K, B, A, d]; the others serve as keys and values.
+        """
+        name = f"transformer.h.{layer % self.num_layers}."
+        rows = _rows(x)
+        normal = self._norm(parameters, f"{name}ln_1", rows)
+        weight, bias = _weights(parameters, f"{name}attn.c_attn")
+        shape, widths = x.shape[:-1], [self.width, 2 * self.width]
+        if positions is None:
+            query, key_value = linear(normal, weight, bias).view(*shape, 3 * self.width).split(widths, -1)
+        else:
+            rows = _rows(take(x, positions))
+            (query_weight, kv_weight), (query_bias, kv_bias) = weight.split(widths, -1), bias.split(widths, -1)
+            normal_query = self._norm(parameters, f"{name}ln_1", rows)
+            query = linear(normal_query, query_weight, query_bias).view(*positions.shape, -1)
+            key_value = linear(normal, kv_weight, kv_bias).view(*shape, -1)
+        mixed = attention(query, key_value, positions, self.num_heads, self.dropout, generators)
+        branch = linear(_rows(mixed), *_weights(parameters, f"{name}attn.c_proj"))
+        rows = rows + dropout(branch, self.dropout, generators)
+        hidden = linear(self._norm(parameters, f"{name}ln_2", rows), *_weights(parameters, f"{name}mlp.c_fc"))
+        branch = linear(ACTIVATIONS[self.activation](hidden), *_weights(parameters, f"{name}mlp.c_proj"))
+        return (rows + dropout(branch, self.dropout, generators)).view(*mixed.shape)
+
+    def before_block(self, parameters: Parameters, layer: int, x: Tensor) -> Tensor:
+        """What happens to the residual stream between two passes: nothing, or re-embedding."""
+        if not (self.re_embed and layer > 0 and layer % self.num_layers == 0):
+            return x
+        table = _tensor(parameters, WTE)
+        weights = (self.re_embed_temperature * scores(_rows(x), table)).softmax(-1)
+        return x + torch.matmul(weights, table).view_as(x)
+
+    def final_norm(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """[K, B, T, d] -> the same shape."""
+        return self._norm(parameters, "transformer.ln_f", _rows(x)).view_as(x)
+
+    def unembed(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """Normalised states [K, B, T, d] -> logits [K, B, T, V]."""
+        logits = scores(_rows(x), _tensor(parameters, WTE if self.tied_head else HEAD))
+        return logits.view(*x.shape[:-1], -1)
+
+    def _norm(self, parameters: Parameters, name: str, rows: Tensor) -> Tensor:
+        return layer_norm(rows, *_weights(parameters, name)) if self.layer_norm else rows
+
+    # ---- forward passes ----
+
+    def answer_logits(
+        self, parameters: Parameters, tokens: Tensor, positions: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V]. The last block and the head see answers only."""
+        x = self.embed(parameters, tokens, generators)
+        last = self.num_effective_layers - 1
+        for layer in range(last + 1):
+            x = self.before_block(parameters, layer, x)
+            x = self.block(parameters, layer, x, positions if layer == last else None, generators)
+        return self.unembed(parameters, self.final_norm(parameters, x))
+
+    def hidden_states(self, parameters: Parameters, tokens: Tensor) -> Tensor:
+        """tokens [K, B, T] -> [K, S+1, B, T, d]: entry l is the residual stream after l blocks, the last one after
+        the final LayerNorm. Where a pass begins with re-embedding, the entry is the re-embedded state."""
+        x = self.embed(parameters, tokens)
+        states = []
+        for layer in range(self.num_effective_layers):
+            x = self.before_block(parameters, layer, x)
+            states.append(x)
+            x = self.block(parameters, layer, x)
+        return torch.stack([*states, self.final_norm(parameters, x)], dim=1)
+
+    def logits(self, parameters: Parameters, tokens: Tensor) -> Tensor:
+        """tokens [K, B, T] -> logits at every position [K, B, T, V]."""
+        return self.unembed(parameters, self.hidden_states(parameters, tokens)[:, -1])
+
+    def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
+        """Matrix-multiply FLOPs of `answer_logits` for one example."""
+        d, m = self.width, self.hidden_width
+        keys_values = 2 * length * d * 2 * d
+        per_query = 2 * (2 * d * d + 2 * d * m) + 4 * length * d  # query and output projections, MLP, attention
+        full, pruned = keys_values + length * per_query, keys_values + num_answers * per_query
+        between = 4.0 * length * d * vocab_size * (self.num_recurrences - 1) * self.re_embed
+        return (self.num_effective_layers - 1) * full + pruned + between + 2.0 * num_answers * d * vocab_size
+
+    # ---- folders ----
+
+    def save_folder(self, parameters: Parameters, folder: Path, vocabulary: Sequence[str]) -> None:
+        """Write config.json, model.safetensors and vocabulary.json. Plain GPT-2s load with GPT2LMHeadModel.
+
+        Raises ConfigError where the vocabulary has more tokens than the embedding has rows.
+        """
+        rows, positions = len(parameters[WTE]), len(parameters[WPE])
+        if len(vocabulary) > rows:
+            raise ConfigError(f"vocabulary: {len(vocabulary)} tokens for {rows} embedding rows; build the model for this task")
+        huggingface.write_folder(folder, huggingface.to_config(self, rows, positions), parameters, vocabulary)
+
+    def load_folder(self, folder: Path, vocab_size: int, max_length: int) -> dict[str, Tensor]:
+        """Read a folder of ours or a GPT-2 folder of Hugging Face: one run's tensors [*shape], float32 (or float64).
+
+        Raises ConfigError, which names the file and the tensor or field, where the folder is another network.
+        """
+        huggingface.check_config(self, folder)
+        return huggingface.read_weights(folder, self.parameters(vocab_size, max_length), self.tied_head)
+
+    @classmethod
+    def from_huggingface(cls, folder: str | Path) -> Decoder:
+        """The configuration of the network in a folder. Raises ConfigError for one this class cannot compute."""
+        return cls.from_dict(huggingface.decoder_fields(Path(folder)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[K, B, T, d] -> [K, B*T, d], for one run [B*T, d]."""
+    return x.reshape(-1, x.shape[-1]) if len(x) == 1 else x.reshape(len(x), -1, x.shape[-1])
+
+
+def _tensor(parameters: Parameters, name: str) -> Tensor:
+    """Without the run axis for one run (squeeze: indexing would cost a zero-fill and a copy in the backward pass)."""
+    tensor = parameters[name]
+    return tensor.squeeze(0) if len(tensor) == 1 else tensor
+
+
+def _weights(parameters: Parameters, name: str) -> tuple[Tensor, Tensor]:
+    return _tensor(parameters, f"{name}.weight"), _tensor(parameters, f"{name}.bias")

@@ -1,0 +1,196 @@
+"""Building blocks of a decoder as pure functions, for one run or for a pack of runs.
+
+Rows: activations are [N, d] with weights [i, o] for one run, and [K, N, d] with weights [K, i, o] for a pack of K.
+One run takes the two-dimensional matrix products, which are cheaper than batched ones of batch 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LAYER_NORM_EPS = 1e-5  # GPT-2's
+SHORT = 16  # tokens up to which attention with explicit scores is faster than the fused kernel
+
+Generators = Sequence[torch.Generator]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [(K,) N, i], weight [(K,) i, o], bias [(K,) o] -> [(K,) N, o]."""
+    if weight.dim() == 2:
+        return torch.addmm(bias, x, weight)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+def scores(x: Tensor, table: Tensor) -> Tensor:
+    """x [(K,) N, d], table [(K,) V, d] -> dot product with every row of the table [(K,) N, V]."""
+    return torch.matmul(x, table.transpose(-1, -2))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [(K,) N, d], weight and bias [(K,) d]."""
+    if weight.dim() == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+    normal = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    return torch.addcmul(bias.unsqueeze(1), normal, weight.unsqueeze(1))
+
+
+def embed(table: Tensor, tokens: Tensor) -> Tensor:
+    """table [K, V, d], tokens [K, B, T] -> [K, B, T, d], as one gather for the whole pack."""
+    num_runs, vocab_size, width = table.shape
+    if num_runs == 1:
+        return F.embedding(tokens, table.squeeze(0))
+    first_row = torch.arange(0, num_runs * vocab_size, vocab_size, device=tokens.device)
+    return F.embedding(tokens + first_row[:, None, None], table.reshape(num_runs * vocab_size, width))
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x [K, B, T, d], positions [K, B, A] -> x at those tokens [K, B, A, d]."""
+    num_runs, batch, length, width = x.shape
+    start = torch.arange(0, num_runs * batch * length, length, device=x.device).view(num_runs, batch, 1)
+    # an embedding look-up: its backward adds rows several times faster than those of gather and index_select
+    return F.embedding(positions + start, x.reshape(-1, width))
+
+
+def dropout(x: Tensor, probability: float, generators: Generators | None) -> Tensor:
+    """Drop elements of x, whose rows belong to the runs in equal parts.
+
+    Each run's mask is drawn from its own generator as if the run were alone, so packing changes nothing.
+    """
+    if generators is None or probability == 0.0:
+        return x
+    mask = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, generator in zip(mask.view(len(generators), -1), generators, strict=True):
+        part.bernoulli_(1.0 - probability, generator=generator)
+    return x * mask.div_(1.0 - probability)
+
+
+# ---- attention ----
+
+
+def attention(
+    query: Tensor,
+    key_value: Tensor,
+    positions: Tensor | None,
+    num_heads: int,
+    probability: float = 0.0,
+    generators: Generators | None = None,
+) -> Tensor:
+    """Causal multi-head attention of A queries over T tokens.
+
+    query [K, B, A, d], key_value [K, B, T, 2d], positions [K, B, A] of the queries (None: A = T, all tokens in
+    order) -> [K, B, A, d]. `probability` and `generators` are those of dropout on the attention weights.
+    """
+    num_runs, batch, num_queries, width = query.shape
+    length = key_value.shape[2]
+    drops = generators is not None and probability > 0.0
+    if length <= SHORT and not drops and not query.is_cuda and not torch.compiler.is_compiling():
+        group = _group_size(batch, length)
+        q = query.reshape(-1, group * num_queries, width)
+        kv = key_value.reshape(-1, group * length, 2 * width)
+        return _GroupedAttention.apply(q, kv, _group_bias(q, length, group, positions), num_heads).view_as(query)
+    rows, head = num_runs * batch, width // num_heads
+    q = query.reshape(rows, num_queries, num_heads, head).transpose(1, 2)
+    k, v = key_value.reshape(rows, length, 2, num_heads, head).permute(2, 0, 3, 1, 4).unbind(0)
+    if length > SHORT and not drops:
+        mask = None if positions is None else _visible(positions, length).view(rows, 1, num_queries, length)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=positions is None)
+    else:
+        if positions is None:
+            positions = torch.arange(length, device=query.device).expand(num_runs, batch, length)
+        hidden = ~_visible(positions, length).view(rows, 1, num_queries, length)
+        weights = (torch.matmul(q, k.transpose(-1, -2)) * head**-0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+        mixed = torch.matmul(dropout(weights, probability, generators), v)
+    return mixed.transpose(1, 2).reshape(query.shape)
+
+
+def _visible(positions: Tensor, length: int) -> Tensor:
+    """[K, B, A] -> [K, B, A, T]: may the query at that position look at token t."""
+    return torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)
+
+
+def _group_size(batch: int, length: int) -> int:
+    """Examples to attend jointly: products of single short examples fall into torch's slow path for tiny matrices."""
+    group = 1
+    while 2 * group * length <= SHORT and batch % (2 * group) == 0:
+        group *= 2
+    return group
+
+
+def _group_bias(query: Tensor, length: int, group: int, positions: Tensor | None) -> Tensor:
+    """-inf where a query may not look (later tokens, other examples): [G*T, G*T], or [M, G*A, G*T] with positions."""
+    num_queries = query.shape[1] // group
+    first = torch.arange(0, group * length, length, device=query.device).repeat_interleave(num_queries)
+    if positions is None:
+        positions = torch.arange(length, device=query.device).repeat(group)
+    else:
+        positions = positions.reshape(-1, group * num_queries)
+    key = torch.arange(group * length, device=query.device)
+    visible = (key >= first.unsqueeze(-1)) & (key <= (positions + first).unsqueeze(-1))
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Over the last axis; short rows go through the transpose, because torch's kernel is not vectorised for them."""
+    length = x.shape[-1]
+    if length >= SHORT:
+        return x.softmax(-1)
+    return x.view(-1, length).t().softmax(0).t().contiguous().view_as(x)
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """Attention over M groups of short examples laid end to end; `bias` keeps the examples of a group apart.
+
+    The gradient is written out by hand to save the copies between the layouts of projections and heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key_value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+        """query [M, A, d], key_value [M, T, 2d], bias [A, T] or [M, A, T] -> [M, A, d]."""
+        rows, num_queries, width = query.shape
+        length, head = key_value.shape[1], width // num_heads
+        q = query.view(rows, num_queries, num_heads, head).transpose(1, 2).reshape(-1, num_queries, head)
+        kv = key_value.view(rows, length, 2, num_heads, head).permute(2, 0, 3, 1, 4).reshape(2, -1, length, head)
+        k, v = kv.unbind(0)
+        if bias.dim() == 2:
+            logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=head**-0.5)
+        else:
+            logits = torch.bmm(q, k.transpose(1, 2)).mul_(head**-0.5)
+            logits.view(rows, num_heads, num_queries, length).add_(bias.unsqueeze(1))
+        weights = _softmax(logits)
+        ctx.save_for_backward(q, kv, weights)
+        ctx.num_heads = num_heads
+        return _join_heads(torch.bmm(weights, v), rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, weights = ctx.saved_tensors
+        k, v = kv.unbind(0)
+        rows, num_queries, width = grad.shape
+        length, head = kv.shape[2], width // ctx.num_heads
+        grad = grad.reshape(rows, num_queries, ctx.num_heads, head).transpose(1, 2).reshape_as(q)
+        grad_kv = torch.empty_like(kv)
+        torch.bmm(weights.transpose(1, 2), grad, out=grad_kv[1])
+        grad_logits = torch.bmm(grad, v.transpose(1, 2)).mul_(weights)
+        grad_logits.addcmul_(weights, grad_logits.sum(-1, keepdim=True), value=-1.0).mul_(head**-0.5)
+        grad_q = torch.bmm(grad_logits, k)
+        torch.bmm(grad_logits.transpose(1, 2), q, out=grad_kv[0])
+        grad_kv = grad_kv.view(2, rows, ctx.num_heads, length, head).permute(1, 3, 0, 2, 4)
+        return _join_heads(grad_q, rows), grad_kv.reshape(rows, length, 2 * width), None, None
+
+
+def _join_heads(x: Tensor, rows: int) -> Tensor:
+    """[M*H, A, d/H] -> [M, A, d]."""
+    _, num_queries, head = x.shape
+    return x.view(rows, -1, num_queries, head).transpose(1, 2).reshape(rows, num_queries, -1)

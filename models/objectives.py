@@ -1,0 +1,78 @@
+"""What a network is trained to do: losses and training metrics, run by run of a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from groundswell.protocols import IGNORE, Model, Objective, Parameters, Split
+
+
+class AnswerLoss(Objective):
+    """Mean cross-entropy over the answer tokens, delimiters included (Wang et al. 2024, arXiv 2405.15071, section 3).
+
+    Metrics: `answer_loss`, the mean over the answer proper, without delimiters; `accuracy`, the fraction of rows
+    with every answer token right, that is, none scored higher.
+    """
+
+    def loss(
+        self,
+        model: Model,
+        parameters: Parameters,
+        batch: Split,
+        answer_column: int,
+        generators: Sequence[torch.Generator] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model.answer_logits(parameters, batch.tokens, batch.positions, generators)
+        losses, right = token_losses(logits, batch.targets)
+        counted = batch.targets != IGNORE
+        mean = losses.sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
+        answers = losses.detach()[:, :, answer_column].sum(1) / counted[:, :, answer_column].sum(1).clamp(min=1)
+        accuracy = (right | ~counted).all(-1).to(mean.dtype).mean(-1)
+        return mean, {"answer_loss": answers, "accuracy": accuracy}
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token, 0 where the target is IGNORE, and whether no other token scores higher.
+
+    logits [..., V], targets [...] -> losses [...] (float32 or wider), right [...] (bool, undefined at IGNORE).
+    Never waits for the device.
+    """
+    if not logits.is_cuda and not torch.compiler.is_compiling():
+        return _TokenLosses.apply(logits, targets)
+    vocab_size = logits.shape[-1]
+    losses = F.cross_entropy(logits.reshape(-1, vocab_size).float(), targets.reshape(-1), reduction="none", ignore_index=IGNORE)
+    detached = logits.detach()
+    picked = detached.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return losses.view_as(targets), picked >= detached.amax(-1)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy that keeps the probabilities, so that its backward pass needs no exponential (CPU: 2x faster)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        index = targets.clamp(min=0).unsqueeze(-1)
+        probabilities = logits.softmax(-1)
+        best = logits.amax(-1)
+        picked = logits.gather(-1, index).squeeze(-1)
+        # log-sum-exp = best - log p(best): p(best) >= 1/V, so this is as stable as log_softmax
+        losses = (best - picked).sub_(probabilities.amax(-1).log_()).masked_fill_(targets == IGNORE, 0.0)
+        right = picked >= best
+        ctx.mark_non_differentiable(right)
+        ctx.save_for_backward(probabilities, targets)
+        return losses, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
+        probabilities, targets = ctx.saved_tensors
+        grad = grad.masked_fill(targets == IGNORE, 0.0).unsqueeze(-1)
+        # in place: the largest tensor of a step; a second backward pass raises torch's version error
+        result = probabilities.mul_(grad).scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), -grad)
+        return result, None

@@ -1,0 +1,181 @@
+"""The command line of a sweep file: its options, and every field of its experiment as --dotted.path VALUE."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from groundswell.config import ConfigError, parse_value, suggest
+from groundswell.experiment import Experiment
+from groundswell.sweep import Axis, Sweep
+
+
+@dataclasses.dataclass
+class Options:
+    """Any field of the experiment can be set too: --optimizer.lr 3e-4 (all of them are listed below, with this preset's values)."""
+
+    preset: str = "demo"
+    """size of the sweep"""
+    output: Path = Path("results")
+    """folder for runs, tables, figures and the tracking store"""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """every combination; independent draws; or Optuna's TPE, whose study is kept on disk"""
+    num_samples: int = 20
+    """settings to draw (random, optuna); each is run once per replicate"""
+    search_seed: int = 0
+    """seed of random search and of Optuna's sampler"""
+    scheduler: Literal["none", "asha", "median"] = "none"
+    """stop runs that fall behind (Ray Tune's ASHA or median stopping rule)"""
+    pack: str = "auto"
+    """runs trained as one program: a number, or auto (1 on a CPU unless the model is tiny)"""
+    axis: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """PATH=V1,V2,... replaces or adds an axis of the grid (may be given several times)"""
+    address: str | None = None
+    """Ray cluster to use (default: RAY_ADDRESS, else a local one for this sweep)"""
+    num_cpus: int | None = None
+    """CPUs of the local cluster (default: all of this machine)"""
+    dry_run: bool = False
+    """print the runs, the packs and an estimate of time and memory, and stop"""
+
+
+def main(build: Callable[[str], Sweep], presets: Mapping[str, str], default: str = "demo") -> None:
+    """Entry point of a sweep file; ends the process with the sweep's exit code (2: bad input)."""
+    sys.exit(run(build, presets, default, sys.argv[1:]))
+
+
+def run(build: Callable[[str], Sweep], presets: Mapping[str, str], default: str, arguments: Sequence[str]) -> int:
+    console = Console()
+    try:
+        fields, rest = split_dotted(arguments)
+        preset = _preset(rest, presets, default)
+        sweep = build(preset)
+        options = _parse(sweep, rest, presets, preset)
+        sweep = customise(sweep, preset, options, fields)
+        from groundswell.driver import SweepOptions, run_sweep
+
+        chosen = SweepOptions(
+            output=options.output,
+            search=options.search,
+            num_samples=_positive(options.num_samples, "--num-samples"),
+            search_seed=options.search_seed,
+            scheduler=options.scheduler,
+            pack=_pack(options.pack),
+            address=options.address or os.environ.get("RAY_ADDRESS"),
+            num_cpus=options.num_cpus,
+        )
+        if options.dry_run:
+            from groundswell.dryrun import dry_run
+
+            return dry_run(sweep, chosen, console)
+        return run_sweep(sweep, chosen, console)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: runs go on from their last checkpoint when the same command is given again", file=sys.stderr)
+        return 130
+
+
+def split_dotted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take `--a.b VALUE`, `--a.b=VALUE`, `--a.flag` and `--a.no-flag` out. Returns dotted path -> value, and the rest."""
+    fields: dict[str, Any] = {}
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        token = queue.pop(0)
+        name, equals, value = token.partition("=")
+        if not (name.startswith("--") and "." in name):
+            rest.append(token)
+            continue
+        path = name[2:].replace("-", "_")
+        if equals:
+            fields[path] = parse_value(value)
+        elif queue and not queue[0].startswith("--"):
+            fields[path] = parse_value(queue.pop(0))
+        else:
+            parent, _, last = path.rpartition(".")
+            off = last.startswith("no_")
+            fields[f"{parent}.{last.removeprefix('no_')}"] = not off
+    return fields, rest
+
+
+def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, Any]) -> Sweep:
+    """Apply the command line to a sweep; what it changes besides axis values becomes part of the sweep's name."""
+    for path in fields:
+        if path in sweep.axes:
+            raise ConfigError(f"{path} is an axis of this sweep; set its values with --axis {path}=V1,V2")
+    base = sweep.base.with_overrides(dict(fields))
+    axes = dict(sweep.axes)
+    for text in options.axis:
+        path, equals, values = text.partition("=")
+        path = path.replace("-", "_")
+        if not equals or not values:
+            raise ConfigError(f"--axis {text}: write PATH=V1,V2,..., for instance --axis optimizer.lr=1e-3,3e-3")
+        base.get(path)  # names a misspelt field
+        parsed = tuple(parse_value(value) for value in values.split(","))
+        axes[path] = axes[path].model_copy(update={"values": parsed, "low": None, "high": None}) if path in axes else Axis(values=parsed)
+    parts = [sweep.name, preset]
+    if options.search != "grid":
+        parts.append(options.search)
+    if options.scheduler != "none":
+        parts.append(options.scheduler)
+    if base != sweep.base:
+        parts.append(base.identity[:6])
+    return dataclasses.replace(sweep, name="-".join(parts), base=base, axes=axes)
+
+
+def _preset(arguments: Sequence[str], presets: Mapping[str, str], default: str) -> str:
+    """The preset decides the defaults of all other options, so it is looked for first."""
+    chosen = default
+    for index, token in enumerate(arguments):
+        if token == "--preset" and index + 1 < len(arguments):
+            chosen = arguments[index + 1]
+        elif token.startswith("--preset="):
+            chosen = token.partition("=")[2]
+    if chosen not in presets:
+        raise ConfigError(f"--preset {chosen}: {suggest(chosen, list(presets))}")
+    return chosen
+
+
+def _parse(sweep: Sweep, arguments: Sequence[str], presets: Mapping[str, str], preset: str) -> Options:
+    """Parse the plain options; --help lists the experiment's fields along with them."""
+    preset_type = Annotated[Literal[tuple(presets)], tyro.conf.arg(help="; ".join(f"{k}: {v}" for k, v in presets.items()))]  # type: ignore[valid-type]
+    fields: list[Any] = [("preset", preset_type, dataclasses.field(default=preset))]
+    if "-h" in arguments or "--help" in arguments:
+        for name in Experiment.model_fields:
+            part = getattr(sweep.base, name)
+            kind = Annotated[type(part), tyro.conf.AvoidSubcommands]
+            fields.append((name, kind, dataclasses.field(default=part)))
+    command = dataclasses.make_dataclass("Command", fields, bases=(Options,))
+    options, unknown = tyro.cli(
+        command,
+        prog=f"python {Path(sys.argv[0]).name}",
+        args=list(arguments),
+        description=Options.__doc__,
+        return_unknown_args=True,
+    )
+    if unknown:
+        known = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(Options)]
+        raise ConfigError(f"{unknown[0]}: no such option; {suggest(unknown[0], known)}")
+    return options
+
+
+def _positive(value: int, name: str) -> int:
+    if value <= 0:
+        raise ConfigError(f"{name} {value}: must be at least 1")
+    return value
+
+
+def _pack(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--pack {text}: write auto or a number from 1 on")
+    return int(text)

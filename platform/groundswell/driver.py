@@ -1,0 +1,284 @@
+"""Runs a sweep: folders, Ray Tune, tracking, progress, and at the end the table and the figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from groundswell import cluster
+from groundswell.config import ConfigError
+from groundswell.files import atomic_write, ensure_writable
+from groundswell.progress import Progress
+from groundswell.report import finish_report
+from groundswell.results import load_results
+from groundswell.rundir import RunFolder, SweepFolder
+from groundswell.sweep import PlannedRun, Sweep, cost, make_packs, unique_runs
+from groundswell.tracking import Tracker
+
+WORKER_RETRIES = 3  # times a pack whose process died is started again from its checkpoint
+DRAIN_SECONDS = 60.0  # how long the end waits for a slow tracking store
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How to run, as opposed to what to run."""
+
+    output: Path = Path("results")
+    search: Literal["grid", "random", "optuna"] = "grid"
+    num_samples: int = 20
+    search_seed: int = 0
+    scheduler: Literal["none", "asha", "median"] = "none"
+    pack: int | Literal["auto"] = "auto"
+    address: str | None = None
+    num_cpus: int | None = None
+
+
+def listed_runs(sweep: Sweep, options: SweepOptions) -> list[PlannedRun]:
+    """All runs of a grid or random sweep. Raises ConfigError for the first impossible combination."""
+    settings = sweep.grid() if options.search == "grid" else sweep.sample(options.num_samples, options.search_seed)
+    return unique_runs([run for setting in settings for run in sweep.runs(setting)])
+
+
+def run_sweep(sweep: Sweep, options: SweepOptions, console: Console | None = None) -> int:
+    """Train what is not yet trained, then report. Returns the exit code: 0, 1 when a run failed, 130 after Ctrl-C."""
+    console = console or Console()
+    if options.search == "optuna":
+        sweep.runs({path: axis.sample(_fixed_generator()) for path, axis in sweep.search_axes().items()})  # checked early
+    else:
+        listed_runs(sweep, options)
+    folder = SweepFolder(ensure_writable(options.output) / sweep.name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / "sweep.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"{folder.path}: another process is running this sweep; wait for it or choose another --output") from None
+    with lock, _log_file(folder.path / "log" / "driver.log"):
+        driver = Driver(sweep, options, folder, console)
+        return driver.run()
+
+
+class Driver:
+    def __init__(self, sweep: Sweep, options: SweepOptions, folder: SweepFolder, console: Console) -> None:
+        self.sweep, self.options, self.folder, self.console = sweep, options, folder, console
+        self.interrupted = threading.Event()
+        self.planned: dict[str, PlannedRun] = {}  # everything this sweep has asked for so far
+        self.trial_runs: dict[str, list[str]] = {}  # a Tune trial's runs
+        atomic_write(folder.path / "sweep.json", json.dumps(sweep.describe(), indent=2) + "\n")
+
+    def run(self) -> int:
+        tracker = Tracker(self.folder, experiment_name=self.sweep.name)
+        tracker.start()
+        try:
+            self._train()
+            if self.interrupted.is_set():
+                self._say_how_to_go_on()
+            else:
+                planned = list(self.planned.values())
+                results = load_results(self.folder, planned, tuple(self.sweep.axes), self.sweep.replicate_axis)
+                tracker.log_outputs(finish_report(self.sweep, results, self.folder, self.console))
+        finally:
+            leftover = tracker.close(DRAIN_SECONDS)
+            if leftover:
+                self.console.print(f"[yellow]{leftover}[/]", soft_wrap=True)
+        return self._exit_code()
+
+    # ---- training ----
+
+    def _train(self) -> None:
+        """Bring Ray up only when something is left to train."""
+        if self.options.search != "optuna" and self._all_final():
+            return
+        with _interruptible(self), cluster.connect(self.options.address, self.options.num_cpus) as resources:
+            self._tune(resources)
+
+    def _all_final(self) -> bool:
+        runs = listed_runs(self.sweep, self.options)
+        done = all(self.folder.has_run(run.run_id) and self.folder.run(run.run_id).status().is_final for run in runs)
+        if done:
+            self.planned = {run.run_id: run for run in runs}
+        return done
+
+    def _tune(self, resources: cluster.Resources) -> None:
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        from ray import tune
+
+        from groundswell.scheduling import MemberScheduler, make_scheduler
+        from groundswell.search import PackSearcher
+        from groundswell.trainable import PackTrainable
+        from groundswell.tuning import InterruptStopper, RunEnds
+
+        scaling = self.sweep.base.scaling
+        on_gpu = resources.num_gpus > 0 and scaling.device != "cpu"
+        if scaling.device == "cuda" and not on_gpu:
+            raise ConfigError("scaling.device: the cluster has no GPU; use cpu or auto")
+        self.workers = resources.workers(scaling.num_threads, on_gpu)
+        self.source = self._make_source(on_gpu)
+        total_runs = self.source.total_runs
+        total_work = cost(list(self.planned.values())) or cost(self._one_setting()) / len(self.sweep.replicates()) * total_runs
+        inner = make_scheduler(self.options.scheduler, self.sweep.metric, self.sweep.mode, self.sweep.base.budget.steps)
+        scheduler = MemberScheduler(inner, self.folder) if inner else None
+        if scheduler:
+            scheduler.recall(self.folder.runs())
+        per_trial = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": scaling.num_threads}
+        tune_folder = self.folder.path / ".tune"
+        shutil.rmtree(tune_folder, ignore_errors=True)
+        with Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode) as self.progress:
+            tuner = tune.Tuner(
+                tune.with_resources(PackTrainable, per_trial),
+                tune_config=tune.TuneConfig(
+                    search_alg=PackSearcher(self.source, self._prepare),
+                    scheduler=scheduler,
+                    num_samples=-1,
+                    max_concurrent_trials=self.workers,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name=".tune",
+                    storage_path=str(self.folder.path.resolve()),
+                    verbose=0,
+                    stop=InterruptStopper(self.interrupted),
+                    callbacks=[RunEnds(self)],
+                    failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+                ),
+            )
+            tuner.fit()
+        shutil.rmtree(tune_folder, ignore_errors=True)
+
+    def _one_setting(self) -> list[PlannedRun]:
+        return self.sweep.runs({path: axis.sample(_fixed_generator()) for path, axis in self.sweep.search_axes().items()})
+
+    def _make_source(self, on_gpu: bool) -> Any:
+        from groundswell.search import ListedPacks, OptunaPacks
+        from groundswell.sweep import pack_size
+
+        pack = self.options.pack
+        if self.options.search != "optuna":
+            runs = listed_runs(self.sweep, self.options)
+            self.planned = {run.run_id: run for run in runs}
+            return ListedPacks(make_packs(runs, self.workers, on_gpu, pack))
+        total = self.options.num_samples * len(self.sweep.replicates())
+        size = pack_size(self.sweep.base, total, self.workers, on_gpu, pack)
+        return OptunaPacks(
+            self.sweep,
+            self.folder.path / "study.db",
+            self.options.num_samples,
+            # Packs of one group must not wait for each other's workers: `num_workers` 1 fills them.
+            lambda runs: make_packs(runs, 1, on_gpu, pack),
+            group=max(1, size // len(self.sweep.replicates())),
+            seed=self.options.search_seed,
+        )
+
+    def _prepare(self, pack: list[PlannedRun]) -> dict[str, Any] | None:
+        """Make the folders; leave out what is finished."""
+        waiting: list[PlannedRun] = []
+        pack_id = pack[0].run_id[:8]
+        for run in pack:
+            self.planned[run.run_id] = run
+            folder = self.folder.create_run(run, pack_id, number=len(self.planned) - 1)
+            if folder.status().is_final:
+                self.progress.skip(folder.status().state, cost([run]))
+                self.source.complete(run.run_id, self._outcome(folder))
+            else:
+                waiting.append(run)
+                e = run.experiment
+                self.progress.begin(run.run_id, run.name, folder.checkpoint_step(), e.budget.steps, cost([run]))
+        if not waiting:
+            return None
+        return {
+            "sweep": str(self.folder.path.resolve()),
+            "runs": [run.run_id for run in waiting],
+            "every_evaluation": self.options.scheduler != "none",
+        }
+
+    # ---- what the callback tells ----
+
+    def on_members(self, members: Sequence[dict[str, Any]]) -> None:
+        for member in members:
+            self.progress.report(member)
+            if member["state"] != "running":
+                self.source.complete(member["run_id"], self._outcome(self.folder.run(member["run_id"])))
+
+    def on_trial_lost(self, run_ids: Sequence[str], error: str) -> None:
+        """A pack whose process died more often than it is retried."""
+        for run_id in run_ids:
+            folder = self.folder.run(run_id)
+            if not folder.status().is_final:
+                folder.fail(error, error)
+                self.on_members([{"run_id": run_id, "state": "failed"}])
+
+    def _outcome(self, folder: RunFolder) -> dict[str, Any]:
+        values = [line["metrics"][self.sweep.metric] for line in folder.journal() if self.sweep.metric in line["metrics"]]
+        status = folder.status()
+        return {"state": status.state, "step": status.step, "value": values[-1] if values else None}
+
+    # ---- the end ----
+
+    def _say_how_to_go_on(self) -> None:
+        again = shlex.join(["python", *sys.argv])
+        text = f"Stopped. Everything is saved in {self.folder.path}; go on with the same command: {again}"
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+    def _exit_code(self) -> int:
+        if self.interrupted.is_set():
+            return 130
+        return int(any(self.folder.run(run_id).status().state == "failed" for run_id in self.planned))
+
+
+@contextlib.contextmanager
+def _interruptible(driver: Driver) -> Iterator[None]:
+    """First Ctrl-C: save and stop. Second: leave at once (runs resume from their last checkpoint)."""
+
+    def handler(number: int, frame: Any) -> None:
+        if driver.interrupted.is_set():
+            raise KeyboardInterrupt
+        driver.interrupted.set()
+        driver.console.print("Stopping: saving the state of the running runs (Ctrl-C again to leave at once)")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Everything that libraries have to say goes to a file beside the runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    old_handlers, old_level = root.handlers[:], root.level
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = old_handlers, old_level
+        handler.close()
+
+
+def _fixed_generator() -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0)

@@ -1,0 +1,108 @@
+"""Progress of a sweep on the terminal: one live line, or a line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0  # between lines when the output is not a terminal
+
+
+class Progress:
+    """Counts work in FLOPs, so that the time left is right for runs of different size."""
+
+    def __init__(self, console: Console, total_runs: int, total_work: float, metric: str, mode: str) -> None:
+        self.console, self.metric, self.mode = console, metric, mode
+        self.total_runs, self.total_work = total_runs, total_work
+        self.ended: dict[str, int] = {}
+        self._live_runs: dict[str, tuple[int, int, float, float]] = {}  # run id -> step, total, steps/s, work
+        self._saved_work = 0.0  # work that an earlier session or an early stop has taken off
+        self._done_work = 0.0
+        self._start = time.monotonic()
+        self._best: tuple[float, str] | None = None
+        self._names: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def begin(self, run_id: str, name: str, step: int, total_steps: int, work: float) -> None:
+        """A run starts (or goes on) at `step`; `work` is that of the whole run."""
+        with self._lock:
+            self._names[run_id] = name
+            self._live_runs[run_id] = (step, total_steps, 0.0, work)
+            self._saved_work += work * step / total_steps
+
+    def skip(self, state: str, work: float) -> None:
+        """A run that was already at its end."""
+        with self._lock:
+            self.ended[state] = self.ended.get(state, 0) + 1
+            self._saved_work += work
+
+    def report(self, member: Mapping[str, Any]) -> None:
+        with self._lock:
+            run_id = member["run_id"]
+            if run_id not in self._live_runs:
+                return
+            old_step, total, rate, work = self._live_runs[run_id]
+            step = member.get("step", old_step)
+            self._done_work += max(0, step - old_step) / total * work
+            self._live_runs[run_id] = (step, total, member.get("perf/steps_per_s", rate), work)
+            value = member.get(self.metric)
+            if value is not None and (self._best is None or (value > self._best[0]) == (self.mode == "max")):
+                self._best = (value, self._names[run_id])
+            if member["state"] != "running":
+                self.ended[member["state"]] = self.ended.get(member["state"], 0) + 1
+                self._saved_work += (total - step) / total * work
+                del self._live_runs[run_id]
+
+    def line(self) -> str:
+        with self._lock:
+            elapsed = time.monotonic() - self._start
+            ended = sum(self.ended.values())
+            parts = [f"{ended}/{self.total_runs} runs done", f"{len(self._live_runs)} running"]
+            bad = ", ".join(f"{n} {state}" for state, n in self.ended.items() if state in ("failed", "diverged", "pruned"))
+            parts += [bad] if bad else []
+            rate = sum(rate for _, _, rate, _ in self._live_runs.values())
+            if rate:
+                parts.append(f"{rate:,.0f} steps/s")
+            if self._best:
+                parts.append(f"best {self.metric.removeprefix('eval/')} {self._best[0]:.3f} ({self._best[1]})")
+            left = self.total_work - self._saved_work - self._done_work
+            if self._done_work > 0 and elapsed > 2:
+                parts.append(f"{format_seconds(left / self._done_work * elapsed)} left")
+            parts.append(f"{format_seconds(elapsed)} so far")
+            return " | ".join(parts)
+
+    def _refresh(self) -> None:
+        if self.console.is_terminal:
+            with Live(Text(self.line()), console=self.console, refresh_per_second=2, transient=True) as live:
+                while not self._stop.wait(0.5):
+                    live.update(Text(self.line(), style="cyan"))
+            return
+        delay = 1.0  # the first line soon: a sign of life
+        while not self._stop.wait(delay):
+            self.console.print(self.line(), soft_wrap=True, highlight=False)
+            delay = PLAIN_SECONDS
+
+
+def format_seconds(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 90:
+        return f"{seconds} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,125 @@
+"""What the engine asks of a task, a model and an objective. It knows none of them by name.
+
+Shapes: K runs of a pack, N examples, B batch rows, T tokens, A answer positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groundswell.config import Component
+
+IGNORE = -100  # target that counts neither in a loss nor in an accuracy (torch's own convention)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples as resident tensors. `targets[n, a]` is the token that follows `tokens[n, positions[n, a]]`."""
+
+    tokens: Tensor  # [N, T] int64
+    positions: Tensor  # [N, A] int64, places in `tokens` whose next token is an answer token
+    targets: Tensor  # [N, A] int64, IGNORE where a row has fewer answer tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, device: torch.device | str) -> Split:
+        return Split(self.tokens.to(device), self.positions.to(device), self.targets.to(device))
+
+    def select(self, rows: Tensor | slice) -> Split:
+        return Split(self.tokens[rows], self.positions[rows], self.targets[rows])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a task builds: a closed vocabulary, the training split and named evaluation splits."""
+
+    vocabulary: tuple[str, ...]  # token string of each id
+    train: Split
+    evaluation: Mapping[str, Split]
+    answer_column: int  # which of the A answer columns is the answer proper (the others are delimiters)
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # spec, counts, sha256
+
+
+class Task(Component, ABC):
+    """A pure function of its fields: two builds of one config are equal tensor by tensor."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """T of every split, in tokens."""
+
+    @property
+    @abstractmethod
+    def num_answers(self) -> int:
+        """A of every split."""
+
+    @abstractmethod
+    def build(self) -> Dataset: ...
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One tensor of a network. `init_std` draws N(0, std^2) in the given order; `init_value` fills."""
+
+    name: str
+    shape: tuple[int, ...]
+    decayed: bool  # does weight decay apply
+    init_std: float | None = None
+    init_value: float = 0.0
+
+
+Parameters = Mapping[str, Tensor]  # name -> [K, *shape]
+
+
+class Model(Component, ABC):
+    """A network as pure functions of parameters that carry a leading trial axis K. K = 1 is the ordinary case."""
+
+    @abstractmethod
+    def parameters(self, vocab_size: int, max_length: int) -> Sequence[ParameterSpec]: ...
+
+    @abstractmethod
+    def answer_logits(
+        self, parameters: Parameters, tokens: Tensor, positions: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V].
+
+        `generators` (one a run, on the tokens' device) switches the stochastic parts on; None is evaluation.
+        """
+
+    @abstractmethod
+    def save_folder(self, parameters: Parameters, folder: Path, vocabulary: Sequence[str]) -> None:
+        """Write one run's network (parameters [*shape], no trial axis) as a folder others can load."""
+
+    @abstractmethod
+    def load_folder(self, folder: Path, vocab_size: int, max_length: int) -> dict[str, Tensor]:
+        """Read back what `save_folder` wrote. Raises ConfigError for a folder of another shape."""
+
+    def check(self, task: Task) -> None:  # noqa: B027 (optional)
+        """Raise ValueError for a combination that cannot work, naming the field."""
+
+    def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
+        """Matrix-multiply FLOPs of one forward pass of one example; a step costs three times that."""
+        specs = self.parameters(vocab_size, length)
+        return 2.0 * length * sum(torch.Size(spec.shape).numel() for spec in specs if len(spec.shape) == 2)
+
+
+class Objective(Component, ABC):
+    """Model and batch to losses: what is special about a method lives here."""
+
+    @abstractmethod
+    def loss(
+        self, model: Model, parameters: Parameters, batch: Split, answer_column: int, generators: Sequence[torch.Generator] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch tensors carry the trial axis ([K, B, ...]). Returns the loss [K] and named metrics [K] (detached)."""

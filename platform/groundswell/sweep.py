@@ -1,0 +1,191 @@
+"""A sweep: a base experiment, axes by dotted path, and how to report. Expands to runs; starts nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from groundswell.config import Config, ConfigError
+from groundswell.experiment import Experiment
+
+
+class Axis(Config):
+    """One dimension of the search: the values of a grid, or a range for random search and Optuna.
+
+    `also` names further paths that take the same value (for instance the task's seed along with the run's).
+    Random search and Optuna draw from the range where one is given, else from the values.
+    """
+
+    values: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(False, description="uniform in the logarithm")
+    integer: bool = False
+    also: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Axis:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("a range needs both low and high")
+        if self.low is not None and self.high is not None:
+            if self.low >= self.high:
+                raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+            if self.log and self.low <= 0:
+                raise ValueError(f"a logarithmic range needs low > 0, got {self.low:g}")
+        elif not self.values:
+            raise ValueError("needs values, or a range (low, high)")
+        return self
+
+    def sample(self, generator: np.random.Generator) -> Any:
+        if self.low is None or self.high is None:
+            return self.values[int(generator.integers(len(self.values)))]
+        if self.log:
+            value = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = generator.uniform(self.low, self.high)
+        return round(value) if self.integer else value
+
+
+Setting = Mapping[str, Any]  # dotted path -> value, without the replicate axis
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One experiment of a sweep with its place on the axes."""
+
+    experiment: Experiment
+    axes: dict[str, Any]
+    name: str  # short and comparable: "num_layers=2 weight_decay=0.3 seed=1"
+
+    @property
+    def run_id(self) -> str:
+        return self.experiment.run_id
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file builds.
+
+    `metric` at a run's last evaluation is what Optuna and the schedulers look at. `replicate_axis` is averaged over:
+    each setting is run once for each of its values. `report` turns the results into a table and figures.
+    """
+
+    name: str
+    base: Experiment
+    axes: Mapping[str, Axis]
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    replicate_axis: str = "seed"
+    report: Callable[..., Any] | None = field(default=None, compare=False)
+
+    def replicates(self) -> tuple[Any, ...]:
+        axis = self.axes.get(self.replicate_axis)
+        return axis.values if axis else (self.base.get(self.replicate_axis),)
+
+    def search_axes(self) -> dict[str, Axis]:
+        return {path: axis for path, axis in self.axes.items() if path != self.replicate_axis}
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of the axes' values. Raises ConfigError for an axis that only has a range."""
+        axes = self.search_axes()
+        for path, axis in axes.items():
+            if not axis.values:
+                raise ConfigError(f"{path}: a grid needs values, this axis has only a range; use --search random or optuna")
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*(a.values for a in axes.values()))]
+
+    def sample(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """`count` independent settings."""
+        generator = np.random.default_rng(seed)
+        return [{path: axis.sample(generator) for path, axis in self.search_axes().items()} for _ in range(count)]
+
+    def runs(self, setting: Setting) -> list[PlannedRun]:
+        """The setting's runs, one a replicate. Raises ConfigError that names the field and the combination."""
+        planned = []
+        for replicate in self.replicates():
+            axes = dict(setting)
+            if self.replicate_axis in self.axes:
+                axes[self.replicate_axis] = replicate
+            overrides = {path: value for key, value in axes.items() for path in (key, *self.axes[key].also)}
+            name = run_name(axes)
+            try:
+                experiment = self.base.with_overrides(overrides)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (run {name})") from None
+            planned.append(PlannedRun(experiment, axes, name))
+        return planned
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "metric": self.metric,
+            "mode": self.mode,
+            "replicate_axis": self.replicate_axis,
+            "axes": {path: axis.to_dict() for path, axis in self.axes.items()},
+            "base": self.base.to_dict(),
+        }
+
+
+def run_name(axes: Mapping[str, Any]) -> str:
+    """"model.num_layers": 2 -> "num_layers=2"; the whole path where two axes end alike."""
+    last = [path.rsplit(".", 1)[-1] for path in axes]
+    labels = [path if last.count(short) > 1 else short for path, short in zip(axes, last, strict=True)]
+    return " ".join(f"{label}={format_value(value)}" for label, value in zip(labels, axes.values(), strict=True))
+
+
+def format_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def unique_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Equal experiments once, in order."""
+    return list({run.run_id: run for run in runs}.values())
+
+
+# ---- packs ----
+
+DISPATCH_BOUND_FLOPS = 6e7  # forward FLOPs of a batch below which packing pays on a CPU (measured: B 32 yes, B 512 no)
+CPU_PACK, GPU_PACK = 8, 64
+
+
+def pack_size(experiment: Experiment, num_runs: int, num_workers: int, on_gpu: bool, pack: int | Literal["auto"]) -> int:
+    """Runs in one pack: a number as it is; "auto" by the measured rule, never so many that a worker has nothing to do."""
+    if pack != "auto":
+        return pack
+    task = experiment.task
+    flops = experiment.model.flops_per_example(task.vocab_size, task.max_length, task.num_answers)
+    wanted = GPU_PACK if on_gpu else (CPU_PACK if flops * experiment.budget.batch_size < DISPATCH_BOUND_FLOPS else 1)
+    return max(1, min(wanted, -(-num_runs // num_workers)))
+
+
+def make_packs(
+    runs: Sequence[PlannedRun], num_workers: int, on_gpu: bool, pack: int | Literal["auto"]
+) -> list[list[PlannedRun]]:
+    """Runs of one shape together. A pure function of its arguments, so a resumed sweep forms the same packs."""
+    groups: dict[str, list[PlannedRun]] = {}
+    for run in unique_runs(runs):
+        groups.setdefault(run.experiment.pack_key(), []).append(run)
+    packs = []
+    for group in groups.values():
+        size = pack_size(group[0].experiment, len(group), num_workers, on_gpu, pack)
+        packs += [group[start : start + size] for start in range(0, len(group), size)]
+    # The costliest first, so that no long pack is left for the end.
+    return sorted(packs, key=lambda members: -cost(members))
+
+
+def cost(runs: Sequence[PlannedRun]) -> float:
+    """Work in FLOPs, for ordering and for the estimate of the time left."""
+    total = 0.0
+    for run in runs:
+        e = run.experiment
+        per_example = e.model.flops_per_example(e.task.vocab_size, e.task.max_length, e.task.num_answers)
+        total += 3 * per_example * e.budget.batch_size * e.budget.steps
+    return total

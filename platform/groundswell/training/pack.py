@@ -1,0 +1,262 @@
+"""A pack: runs of one shape trained as one program. Pure computation; files and schedules are the trainer's."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from groundswell.config import ConfigError
+from groundswell.experiment import Experiment, Scaling
+from groundswell.protocols import IGNORE, Dataset, Split, Task
+from groundswell.training.flat import FlatParameters, PackedAdamW, initial_row
+from groundswell.training.sampler import DataOrder, generator
+
+
+@functools.lru_cache(maxsize=4)
+def _build_dataset(canonical_task: str) -> Dataset:
+    return Task.from_dict(json.loads(canonical_task)).build()
+
+
+def build_dataset(experiment: Experiment) -> Dataset:
+    """The task's data set; the last few are kept, because neighbouring runs of a sweep share them."""
+    return _build_dataset(experiment.task.canonical_json())
+
+
+def resolve_device(scaling: Scaling) -> torch.device:
+    """Raises ConfigError where the device is not there or does the precision badly."""
+    name = scaling.device if scaling.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("scaling.device: no CUDA device here; use cpu or auto")
+    Scaling.from_dict(scaling.to_dict() | {"device": name})  # the checks that depend on the device
+    return torch.device(name)
+
+
+@dataclass
+class Member:
+    """One run inside a pack."""
+
+    experiment: Experiment
+    dataset: Dataset
+    order: DataOrder
+    dropout: torch.Generator
+
+    @classmethod
+    def create(cls, experiment: Experiment, device: torch.device) -> Member:
+        dataset = build_dataset(experiment)
+        order = DataOrder(len(dataset.train), generator(experiment.seed, "order"))
+        return cls(experiment, dataset, order, generator(experiment.seed, "dropout", device))
+
+    def initial_row(self) -> Tensor:
+        task = self.experiment.task
+        specs = self.experiment.model.parameters(task.vocab_size, task.max_length)
+        return initial_row(specs, generator(self.experiment.seed, "init"))
+
+
+class Pack:
+    """K members, their parameters [K, P], their optimizer rows and their data, all resident on one device."""
+
+    def __init__(self, members: Sequence[Member], rows: Tensor | None = None, step: int = 0) -> None:
+        """`rows` [K, P]: parameters to start from; drawn from each member's seed when absent."""
+        first = members[0].experiment
+        self.members = list(members)
+        self.model, self.objective, self.scaling = first.model, first.objective, first.scaling
+        self.batch_size = first.budget.batch_size
+        self.device = resolve_device(self.scaling)
+        self.dtype = torch.float64 if self.scaling.precision == "float64" else torch.float32
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.scaling.precision in ("tf32", "bf16")
+        if rows is None:
+            rows = torch.stack([member.initial_row() for member in members])
+        specs = self.model.parameters(first.task.vocab_size, first.task.max_length)
+        self.parameters = FlatParameters(specs, rows.to(self.device, self.dtype))
+        self.optimizer = PackedAdamW(self.parameters, [m.experiment.optimizer for m in members], step)
+        self._uses_generators = getattr(self.model, "dropout", 0.0) > 0
+        self._place_data()
+        self._loss = torch.compile(self._forward, dynamic=False) if self.scaling.compile else self._forward
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    @property
+    def step_count(self) -> int:
+        return self.optimizer.step_count
+
+    def _place_data(self) -> None:
+        """Each distinct data set once, end to end; a member's rows start at its offset."""
+        unique = {id(m.dataset): m.dataset for m in self.members}
+        offsets, start = {}, 0
+        for key, dataset in unique.items():
+            offsets[key] = start
+            start += len(dataset.train)
+        train = [dataset.train for dataset in unique.values()]
+        self.data = Split(
+            *(torch.cat([getattr(s, name) for s in train]).to(self.device) for name in ("tokens", "positions", "targets"))
+        )
+        self.offsets = torch.tensor([offsets[id(m.dataset)] for m in self.members])
+        self.answer_column = self.members[0].dataset.answer_column
+        self._evaluation: dict[int, EvaluationData] = {}
+        for key, dataset in unique.items():
+            limit = self.members[0].experiment.evaluation.max_examples
+            self._evaluation[key] = EvaluationData(dataset, limit, self.device)
+
+    # ---- training ----
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.scaling.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _forward(self, parameters: dict[str, Tensor], batch: Split) -> tuple[Tensor, dict[str, Tensor]]:
+        generators = [m.dropout for m in self.members] if self._uses_generators else None
+        with self._autocast():
+            return self.objective.loss(self.model, parameters, batch, self.answer_column, generators)
+
+    def _update(self, rows: Tensor) -> dict[str, Tensor]:
+        """One update on data rows [K, B]. Returns the metrics [K]."""
+        shape, flat_rows = rows.shape, rows.reshape(-1)
+        batch = Split(
+            *(x.index_select(0, flat_rows).view(*shape, -1) for x in (self.data.tokens, self.data.positions, self.data.targets))
+        )
+        self.parameters.grad.zero_()
+        loss, metrics = self._loss(self.parameters.views, batch)
+        loss.sum().backward()
+        self.optimizer.step()
+        return {"loss": loss.detach(), **metrics}
+
+    def train(self, steps: int) -> None:
+        """`steps` updates. Metrics are summed on the device; nothing is read back."""
+        if steps == 0:
+            return
+        size = self.batch_size
+        taken = torch.stack([m.order.take(steps * size) for m in self.members]) + self.offsets[:, None]
+        chunks = taken.view(len(self.members), steps, size).transpose(0, 1).contiguous().to(self.device)
+        for rows in chunks:
+            metrics = self._replay(rows) if self.scaling.cuda_graph else self._update(rows)
+            for name, value in metrics.items():
+                if name in self._sums:
+                    self._sums[name] += value
+                else:
+                    self._sums[name] = value.clone()
+        self._summed += steps
+
+    def _replay(self, rows: Tensor) -> dict[str, Tensor]:
+        """The update as one CUDA graph, captured after one eager update has warmed the allocator up."""
+        if self._uses_generators:
+            raise ConfigError("scaling.cuda_graph: dropout draws from generators of its own; set model.dropout=0")
+        if self._graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                metrics = {name: value.clone() for name, value in self._update(rows).items()}
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph, self._graph_rows = torch.cuda.CUDAGraph(), rows.clone()
+            with torch.cuda.graph(self._graph):
+                self._graph_metrics = self._update(self._graph_rows)
+            self.optimizer.step_count -= 1  # the capture records, it does not run
+            return metrics
+        self._graph_rows.copy_(rows)
+        self._graph.replay()
+        self.optimizer.step_count += 1
+        return self._graph_metrics
+
+    @torch.no_grad()
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Each member's means since the last reading; the one place where training waits for the device."""
+        names = list(self._sums)
+        columns = [self._sums[name].double() / self._summed for name in names]
+        columns += [self.optimizer.grad_norm.double(), self.parameters.flat.double().norm(dim=1)]
+        names += ["grad_norm", "weight_norm"]
+        table = torch.stack(columns, dim=1).tolist()
+        self._sums, self._summed = {}, 0
+        return [{f"train/{name}": value for name, value in zip(names, row, strict=True)} for row in table]
+
+    # ---- evaluation ----
+
+    @torch.no_grad()
+    def evaluate(self) -> list[dict[str, float]]:
+        """Accuracy (every answer token right, as greedy decoding would have it) and answer loss of each split."""
+        results: list[dict[str, float]] = [{} for _ in self.members]
+        for key, data in self._evaluation.items():
+            rows = [index for index, m in enumerate(self.members) if id(m.dataset) == key]
+            if rows:
+                parameters = self.parameters.select(rows)
+                for index, metrics in zip(rows, self._evaluate(parameters, data, len(rows)), strict=True):
+                    results[index] = metrics
+        return results
+
+    def _evaluate(self, parameters: dict[str, Tensor], data: EvaluationData, k: int) -> list[dict[str, float]]:
+        correct, losses = [], []
+        size = self.members[0].experiment.evaluation.batch_size
+        for start in range(0, len(data.split), size):
+            batch = data.split.select(slice(start, start + size))
+            tokens, positions = (x.expand(k, *x.shape) for x in (batch.tokens, batch.positions))
+            with self._autocast():
+                logits = self.model.answer_logits(parameters, tokens, positions)
+            right = (logits.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
+            correct.append(right.all(-1))
+            answers = batch.targets[:, self.answer_column]
+            chosen = logits[:, :, self.answer_column]
+            picked = chosen.gather(-1, answers.clamp(min=0).expand(k, -1)[..., None])[..., 0]
+            losses.append(chosen.float().logsumexp(-1) - picked.float())
+        table = torch.stack([torch.cat(correct, dim=1).double(), torch.cat(losses, dim=1).double()])
+        means = torch.stack([table[:, :, piece].mean(-1) for piece in data.pieces.values()])  # [splits, 2, K]
+        return [
+            {
+                f"eval/{name}/{kind}": value
+                for name, pair in zip(data.pieces, per_member, strict=True)
+                for kind, value in zip(("accuracy", "answer_loss"), pair, strict=True)
+            }
+            for per_member in means.permute(2, 0, 1).tolist()
+        ]
+
+    # ---- membership and state ----
+
+    def subset(self, rows: Sequence[int]) -> Pack:
+        """A pack of these members alone, at the same point: their numbers go on as if the others were still here."""
+        rows = list(rows)
+        pack = Pack([self.members[row] for row in rows], self.parameters.flat[rows], self.step_count)
+        pack.optimizer.exp_avg.copy_(self.optimizer.exp_avg[rows])
+        pack.optimizer.exp_avg_sq.copy_(self.optimizer.exp_avg_sq[rows])
+        pack._sums, pack._summed = {name: value[rows] for name, value in self._sums.items()}, self._summed
+        return pack
+
+    def member_state(self, row: int) -> dict[str, Tensor]:
+        """What besides the weights a run needs to go on bit for bit."""
+        member = self.members[row]
+        before, position = member.order.state()
+        return {
+            "exp_avg": self.optimizer.exp_avg[row].cpu(),
+            "exp_avg_sq": self.optimizer.exp_avg_sq[row].cpu(),
+            "order_generator": before,
+            "order_position": torch.tensor(position),
+            "dropout_generator": member.dropout.get_state().cpu(),
+        }
+
+    def load_member_state(self, row: int, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        for name, view in self.parameters.views.items():
+            view.data[row].copy_(weights[name])
+        self.optimizer.exp_avg[row].copy_(state["exp_avg"])
+        self.optimizer.exp_avg_sq[row].copy_(state["exp_avg_sq"])
+        self.members[row].order.load_state(state["order_generator"], int(state["order_position"]))
+        self.members[row].dropout.set_state(state["dropout_generator"])
+
+
+class EvaluationData:
+    """All evaluation splits of one data set end to end, so that one forward pass serves them."""
+
+    def __init__(self, dataset: Dataset, limit: int, device: torch.device) -> None:
+        parts = {name: split.select(slice(0, limit)) for name, split in dataset.evaluation.items() if len(split)}
+        self.pieces: dict[str, slice] = {}
+        start = 0
+        for name, part in parts.items():
+            self.pieces[name] = slice(start, start + len(part))
+            start += len(part)
+        self.split = Split(
+            *(torch.cat([getattr(p, name) for p in parts.values()]).to(device) for name in ("tokens", "positions", "targets"))
+        )

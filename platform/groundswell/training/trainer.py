@@ -1,0 +1,220 @@
+"""Training of a pack against its run folders: readings, evaluations, checkpoints, early stops, resume.
+
+All moments are functions of the step, so a run that is killed and resumed does the same things at the same steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from groundswell.experiment import Experiment
+from groundswell.rundir import RunFolder
+from groundswell.training import checkpoint
+from groundswell.training.pack import Member, Pack, resolve_device
+
+log = logging.getLogger(__name__)
+CHECKPOINT_SECONDS = 120.0  # a resumable state at least this often, at the next reading
+
+
+@dataclass
+class Run:
+    """One member's files and history."""
+
+    folder: RunFolder
+    experiment: Experiment
+    history: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # evaluations, for the stop rules
+    saved_step: int = -1
+
+
+class PackTrainer:
+    """Trains the unfinished runs of one pack from their newest common checkpoint."""
+
+    def __init__(self, folders: Sequence[RunFolder], checkpoint_seconds: float = CHECKPOINT_SECONDS) -> None:
+        self.runs = [Run(folder, folder.experiment()) for folder in folders if not folder.status().is_final]
+        self.checkpoint_seconds = checkpoint_seconds
+        self.pack: Pack | None = None
+        if not self.runs:
+            return
+        first = self.runs[0].experiment
+        torch.set_num_threads(first.scaling.num_threads)
+        self.total = first.budget.steps
+        device = resolve_device(first.scaling)
+        self.pack = Pack([Member.create(run.experiment, device) for run in self.runs])
+        self._resume()
+        now = _now_ms()
+        for run in self.runs:
+            run.folder.update_status(state="running", step=self.pack.step_count, started_ms=run.folder.status().started_ms or now)
+        self._last_checkpoint = self._last_reading = time.monotonic()
+        self._last_step = self.pack.step_count
+
+    # ---- resume ----
+
+    def _resume(self) -> None:
+        """Go on from the newest step at which every member has a whole checkpoint, else from the beginning."""
+        assert self.pack is not None
+        common: set[int] | None = None
+        for run in self.runs:
+            steps = set(checkpoint.resumable_steps(run.folder.checkpoints, run.experiment))
+            common = steps if common is None else common & steps
+        step = max(common or {0})
+        for row, run in enumerate(self.runs):
+            run.folder.truncate_journal(step if common else -1)
+            if common:
+                self.pack.load_member_state(row, *checkpoint.load_training(run.folder.checkpoints, step, run.experiment))
+                run.saved_step = step
+            run.history = [
+                (line["step"], {k: v for k, v in line["metrics"].items() if k.startswith("eval/")})
+                for line in run.folder.journal()
+                if any(name.startswith("eval/") for name in line["metrics"])
+            ]
+        if common:
+            self.pack.optimizer.set_step(step)
+        self._fresh = not common
+
+    # ---- the loop ----
+
+    @property
+    def finished(self) -> bool:
+        return not self.runs
+
+    def advance(self, min_seconds: float = 0.0, every_evaluation: bool = False) -> list[dict[str, Any]]:
+        """Train on until something is worth reporting: all done, `min_seconds` over, or (asked for) an evaluation.
+
+        Returns one report a run: {"run_id", "step", "state", "steps_per_s", metrics...}.
+        """
+        start, reports = time.monotonic(), {}
+        while self.runs:
+            evaluated = self._advance_once(reports)
+            if (every_evaluation and evaluated) or time.monotonic() - start >= min_seconds:
+                break
+        return list(reports.values())
+
+    def _advance_once(self, reports: dict[str, dict[str, Any]]) -> bool:
+        """Train to the next event and do what is due there. Returns whether there was an evaluation."""
+        pack, experiment = self._current_pack(), self.runs[0].experiment
+        if self._fresh and pack.step_count == 0:
+            self._fresh, step = False, 0  # evaluation of the untrained model
+        else:
+            step = self._next_event(pack.step_count)
+            pack.train(step - pack.step_count)
+        metrics = self._read(pack)
+        evaluates = step == self.total or experiment.evaluation.schedule.due(step)
+        if evaluates:
+            for mine, more in zip(metrics, pack.evaluate(), strict=True):
+                mine.update(more)
+        self._journal(step, metrics, evaluates, reports)
+        endings = [self._ending(run, step, mine) for run, mine in zip(self.runs, metrics, strict=True)]
+        self._save_due(step, endings)
+        for run, (state, reason) in zip(list(self.runs), endings, strict=True):
+            if state != "running":
+                self._end(run, state, reason, step)
+                reports[run.folder.run_id].update(state=state)
+        self._drop_ended()
+        return evaluates
+
+    def _current_pack(self) -> Pack:
+        assert self.pack is not None
+        return self.pack
+
+    def _next_event(self, step: int) -> int:
+        e = self.runs[0].experiment
+        for candidate in range(step + 1, self.total):
+            if candidate % e.metrics_every == 0 or e.evaluation.schedule.due(candidate) or e.checkpointing.schedule.due(candidate):
+                return candidate
+        return self.total
+
+    def _read(self, pack: Pack) -> list[dict[str, float]]:
+        metrics = pack.read_metrics()  # waits for the device: the clock is read after it
+        now = time.monotonic()
+        if pack.step_count > self._last_step:
+            rate = (pack.step_count - self._last_step) / max(now - self._last_reading, 1e-9)
+            for mine in metrics:
+                mine["perf/steps_per_s"] = rate
+        self._last_reading, self._last_step = now, pack.step_count
+        return metrics
+
+    def _journal(
+        self, step: int, metrics: list[dict[str, float]], evaluated: bool, reports: dict[str, dict[str, Any]]
+    ) -> None:
+        for run, mine in zip(self.runs, metrics, strict=True):
+            finite = {name: value for name, value in mine.items() if math.isfinite(value)}
+            run.folder.append_metrics(step, finite)
+            if evaluated:
+                run.history.append((step, {k: v for k, v in finite.items() if k.startswith("eval/")}))
+            report = reports.setdefault(run.folder.run_id, {"run_id": run.folder.run_id})
+            report.update(finite, step=step, state="running")
+
+    def _ending(self, run: Run, step: int, metrics: dict[str, float]) -> tuple[str, str | None]:
+        """The state this run is in after `step`, and why."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            return "diverged", f"{bad[0]} is not finite at step {step}; lower optimizer.lr or set optimizer.clip_norm"
+        if step == self.total:
+            return "finished", None
+        if run.history and run.history[-1][0] == step:
+            for rule in run.experiment.evaluation.stop:
+                if reason := rule.reason(run.history):
+                    return "stopped", reason
+        return "running", None
+
+    # ---- checkpoints and endings ----
+
+    def _save_due(self, step: int, endings: Sequence[tuple[str, str | None]]) -> None:
+        """Scheduled, at the end of a run, and by the clock; a diverged run keeps its last good one."""
+        scheduled = step > 0 and self.runs[0].experiment.checkpointing.schedule.due(step)
+        by_clock = time.monotonic() - self._last_checkpoint >= self.checkpoint_seconds
+        for row, (state, _) in enumerate(endings):
+            if state != "diverged" and (scheduled or by_clock or state != "running"):
+                self._save(row)
+        if scheduled or by_clock:
+            self._last_checkpoint = time.monotonic()
+
+    def _save(self, row: int) -> None:
+        pack, run = self._current_pack(), self.runs[row]
+        if run.saved_step == pack.step_count:
+            return
+        run.folder.sync_journal()  # the journal must reach at least as far as the checkpoint
+        checkpoint.save(
+            run.folder.checkpoints,
+            pack.step_count,
+            run.experiment,
+            {name: tensor.cpu() for name, tensor in pack.parameters.row(row).items()},
+            pack.members[row].dataset.vocabulary,
+            pack.member_state(row),
+        )
+        run.saved_step = pack.step_count
+
+    def _end(self, run: Run, state: str, reason: str | None, step: int) -> None:
+        run.folder.sync_journal()
+        run.folder.update_status(state=state, step=step, reason=reason, ended_ms=_now_ms())
+
+    def _drop_ended(self) -> None:
+        alive = [row for row, run in enumerate(self.runs) if not run.folder.status().is_final]
+        if len(alive) == len(self.runs):
+            return
+        self.runs = [self.runs[row] for row in alive]
+        self.pack = self._current_pack().subset(alive) if alive else None
+
+    def prune(self, run_ids: set[str], reason: str) -> None:
+        """A scheduler's decision: end these runs here, keeping their state."""
+        for row, run in enumerate(self.runs):
+            if run.folder.run_id in run_ids:
+                self._save(row)
+                self._end(run, "pruned", reason, self._current_pack().step_count)
+        self._drop_ended()
+
+    def save_all(self) -> None:
+        """A resumable state now: on Ctrl-C and before a worker goes away."""
+        for row in range(len(self.runs)):
+            self._save(row)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

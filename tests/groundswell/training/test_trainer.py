@@ -1,0 +1,196 @@
+"""Training against run folders: journal, checkpoints, early stops, and resume that is exact to the bit."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from groundswell import NeverReached, Reached
+from groundswell.training import checkpoint
+from groundswell.training.trainer import PackTrainer
+
+
+def train(*folders, stop_after=None):
+    """Run to the end, or leave (as a killed process does: no saving) once a run is at `stop_after`."""
+    trainer = PackTrainer(folders)
+    while not trainer.finished:
+        for report in trainer.advance():
+            if stop_after is not None and report["step"] >= stop_after:
+                return trainer
+    return trainer
+
+
+def final_weights(folder):
+    return load_file(folder.checkpoint_folder(folder.checkpoint_step()) / "model.safetensors")
+
+
+def curves(folder):
+    """The journal without what depends on the clock."""
+    return [(line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")}) for line in folder.journal()]
+
+
+def assert_equal_runs(one, other):
+    assert curves(one) == curves(other)
+    weights, others = final_weights(one), final_weights(other)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_whole_run(tiny, make_run):
+    folder = make_run(tiny)
+    train(folder)
+    status = folder.status()
+    assert (status.state, status.step) == ("finished", 60)
+    assert status.started_ms <= status.ended_ms
+    steps = [line["step"] for line in folder.journal()]
+    assert steps == [0, 10, 20, 30, 40, 50, 60]
+    evaluated = [line["step"] for line in folder.journal() if "eval/test/accuracy" in line["metrics"]]
+    assert evaluated == [0, 20, 40, 60]
+    assert folder.checkpoint_steps() == [20, 40, 60]
+    first, last = folder.journal()[1]["metrics"]["train/loss"], folder.journal()[-1]["metrics"]["train/loss"]
+    assert last < first
+    with_state = [step for step in folder.checkpoint_steps() if (folder.checkpoint_folder(step) / checkpoint.TRAINING_STATE).exists()]
+    assert with_state == [40, 60]  # older ones keep their weights only
+
+
+@pytest.mark.parametrize("stop_after", [10, 30, 40, 50])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_killed_and_resumed_equals_undisturbed(tiny, make_run, stop_after, dropout):
+    tiny = tiny.with_overrides({"model.dropout": dropout})
+    whole, killed = make_run(tiny, "whole"), make_run(tiny, "killed")
+    train(whole)
+    train(killed, stop_after=stop_after)
+    assert not killed.status().is_final
+    train(killed)
+    assert_equal_runs(whole, killed)
+
+
+def test_killed_pack_equals_undisturbed_pack(tiny, make_run):
+    axes = [{"seed": seed, "task.seed": seed, "optimizer.lr": 1e-3 * (seed + 1)} for seed in range(3)]
+    whole = [make_run(tiny, "whole", **a) for a in axes]
+    killed = [make_run(tiny, "killed", **a) for a in axes]
+    train(*whole)
+    train(*killed, stop_after=30)
+    train(*killed, stop_after=50)
+    train(*killed)
+    for one, other in zip(whole, killed, strict=True):
+        assert_equal_runs(one, other)
+
+
+def test_truncated_checkpoint_falls_back_with_a_warning(tiny, make_run, caplog):
+    whole, damaged = make_run(tiny, "whole"), make_run(tiny, "damaged")
+    train(whole)
+    train(damaged, stop_after=50)
+    file = damaged.checkpoint_folder(40) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        resumed = PackTrainer([damaged])
+    assert resumed.pack.step_count == 20
+    assert "step-00000040 is damaged" in caplog.text
+    train(damaged)
+    assert_equal_runs(whole, damaged)
+
+
+@pytest.mark.parametrize("victim", ["training_state.safetensors", "state.json", "config.json"])
+def test_any_damaged_file_is_noticed(tiny, make_run, victim):
+    folder = make_run(tiny)
+    train(folder, stop_after=50)
+    path = folder.checkpoint_folder(40) / victim
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    assert checkpoint.resumable_steps(folder.checkpoints, tiny) == [20]
+
+
+def test_killed_during_a_checkpoint_write_uses_the_previous_one(tiny, make_run, monkeypatch):
+    """The process dies inside save_folder of step 40: nothing under that name, and step 20 is whole."""
+    whole, killed = make_run(tiny, "whole"), make_run(tiny, "killed")
+    train(whole)
+    original = type(tiny.model).save_folder
+
+    def dies(self, parameters, folder, vocabulary):
+        original(self, parameters, folder, vocabulary)
+        if killed.checkpoint_steps() == [20] and folder.parent == killed.checkpoints:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tiny.model), "save_folder", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed)
+    monkeypatch.undo()
+    assert killed.checkpoint_steps() == [20]
+    train(killed)
+    assert_equal_runs(whole, killed)
+
+
+def test_early_stop_of_one_member(tiny, make_run):
+    """The easy member reaches the value and leaves; the other goes on as if it were alone from then on."""
+    rule = Reached(metric="eval/train/accuracy", value=0.9, evaluations=2)
+    base = tiny.with_overrides({"budget.steps": 400, "evaluation.stop": [rule.to_dict()], "optimizer.lr": 1e-2})
+    quick, slow = make_run(base, seed=0), make_run(base, seed=1, **{"optimizer.lr": 1e-5})
+    train(quick, slow)
+    assert quick.status().state == "stopped"
+    assert "eval/train/accuracy reached 0.9 in 2 evaluations" in quick.status().reason
+    last_two = [line["metrics"]["eval/train/accuracy"] for line in quick.journal() if "eval/train/accuracy" in line["metrics"]][-2:]
+    assert min(last_two) >= 0.9
+    assert quick.checkpoint_step() == quick.status().step < 400
+    assert (slow.status().state, slow.status().step) == ("finished", 400)
+
+
+def test_never_reached(tiny, make_run):
+    rule = NeverReached(metric="eval/train/accuracy", value=0.99, by_step=40)
+    folder = make_run(tiny.with_overrides({"evaluation.stop": [rule.to_dict()], "optimizer.lr": 1e-6}))
+    train(folder)
+    assert (folder.status().state, folder.status().step) == ("stopped", 40)
+
+
+def test_divergence_is_recorded_and_spares_the_sibling(tiny, make_run):
+    sick = make_run(tiny, seed=1, **{"optimizer.lr": 1e20, "optimizer.clip_norm": 0.0})
+    healthy, alone = make_run(tiny, seed=0), make_run(tiny, "alone", seed=0)
+    train(sick, healthy)
+    assert sick.status().state == "diverged"
+    assert "not finite" in sick.status().reason
+    assert all(math.isfinite(v) for line in sick.journal() for v in line["metrics"].values())
+    assert healthy.status().state == "finished"
+    train(alone)
+    for (step, mine), (other_step, others) in zip(curves(healthy), curves(alone), strict=True):
+        assert step == other_step
+        assert mine == pytest.approx(others, abs=1e-4)
+
+
+def test_prune_keeps_state(tiny, make_run):
+    folder = make_run(tiny)
+    trainer = train(folder, stop_after=30)
+    trainer.prune({folder.run_id}, "behind its rivals")
+    assert (folder.status().state, folder.status().step) == ("pruned", 30)
+    assert folder.checkpoint_step() == 30
+    assert trainer.finished
+
+
+def test_save_all_then_resume_from_between_schedules(tiny, make_run):
+    whole, stopped = make_run(tiny, "whole"), make_run(tiny, "stopped")
+    train(whole)
+    train(stopped, stop_after=30).save_all()
+    assert stopped.checkpoint_steps() == [20, 30]
+    assert PackTrainer([stopped]).pack.step_count == 30
+    train(stopped)
+    assert stopped.checkpoint_steps() == [20, 40, 60]  # the unscheduled one has gone
+    assert_equal_runs(whole, stopped)
+
+
+def test_clock_checkpoints(tiny, make_run):
+    folder = make_run(tiny)
+    trainer = PackTrainer([folder], checkpoint_seconds=0.0)
+    while not trainer.finished:
+        trainer.advance()
+    assert folder.checkpoint_steps()[-1] == 60
+    state = json.loads((folder.checkpoint_folder(60) / "state.json").read_text())
+    assert state["step"] == 60
+
+
+def test_keep_last(tiny, make_run):
+    folder = make_run(tiny.with_overrides({"checkpointing.keep": "last"}))
+    train(folder)
+    assert folder.checkpoint_steps() == [40, 60]

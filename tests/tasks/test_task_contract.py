@@ -1,0 +1,144 @@
+"""What every task must keep, whatever it is about."""
+
+import json
+from collections import defaultdict
+
+import pytest
+import torch
+
+from groundswell.protocols import IGNORE, Dataset, Split, Task
+from tasks.comparison import Comparison
+from tasks.complex_reasoning import ComplexReasoning
+from tasks.composition import Composition
+from tasks.examples import row_texts
+from tasks.folder import Folder, write_folder
+from tasks.modular_arithmetic import ModularArithmetic
+from tasks.vocabulary import PAD, SPECIAL_TOKENS
+
+COMPOSITION = Composition(num_entities=20, num_relations=8, out_degree=6, phi=3, ood_fraction=0.2, iid_fraction=0.1)
+TASKS = {
+    "composition": COMPOSITION,
+    "composition without stop": COMPOSITION.with_overrides({"predict_stop": False}),
+    "composition demo": Composition(
+        num_entities=32,
+        num_relations=12,
+        out_degree=12,
+        phi=8,
+        iid_fraction=0.10,
+        ood_fraction=0.15,
+        predict_stop=False,
+    ),
+    "comparison": Comparison(num_entities=30, num_attributes=3, num_values=5, phi=4, ood_fraction=0.2),
+    "comparison without stop": Comparison(num_entities=30, num_attributes=3, num_values=5, phi=4, predict_stop=False),
+    "complex reasoning": ComplexReasoning(num_entities=100, num_attributes=3, num_values=5, train_fraction=0.04),
+    "add": ModularArithmetic(modulus=11),
+    "divide": ModularArithmetic(modulus=13, operation="divide", train_fraction=0.6),
+}
+
+
+@pytest.fixture(params=TASKS)
+def task(request: pytest.FixtureRequest) -> Task:
+    return TASKS[request.param]
+
+
+@pytest.fixture
+def dataset(task: Task) -> Dataset:
+    return task.build()
+
+
+def splits(dataset: Dataset) -> dict[str, Split]:
+    return {"train": dataset.train, **dataset.evaluation}
+
+
+def assert_equal(one: Dataset, other: Dataset) -> None:
+    assert list(splits(one)) == list(splits(other))
+    for name, split in splits(one).items():
+        for field in ("tokens", "positions", "targets"):
+            assert torch.equal(getattr(split, field), getattr(splits(other)[name], field)), (name, field)
+
+
+def test_two_builds_are_equal_and_another_seed_is_not(task: Task, dataset: Dataset) -> None:
+    again = type(task).from_dict(json.loads(task.canonical_json())).build()
+    assert_equal(dataset, again)
+    assert again.manifest == dataset.manifest
+    other = task.with_overrides({"seed": 1}).build()
+    assert other.manifest["sha256"] != dataset.manifest["sha256"]
+    # Runs whose tasks differ in packable fields train as one program, so their batches must look alike.
+    assert task.packable == {"seed"}
+    assert other.train.tokens.shape[1:] == dataset.train.tokens.shape[1:]
+    assert other.train.targets.shape[1:] == dataset.train.targets.shape[1:]
+
+
+def test_shapes_and_bounds(task: Task, dataset: Dataset) -> None:
+    assert len(dataset.vocabulary) == len(set(dataset.vocabulary)) == task.vocab_size
+    assert 0 <= dataset.answer_column < task.num_answers
+    for split in splits(dataset).values():
+        assert len(split) > 0
+        assert split.tokens.shape == (len(split), task.max_length)
+        assert split.positions.shape == split.targets.shape == (len(split), task.num_answers)
+        assert {t.dtype for t in (split.tokens, split.positions, split.targets)} == {torch.int64}
+        assert split.tokens.min() >= 0 and split.tokens.max() < task.vocab_size
+        assert split.positions.min() >= 0 and split.positions.max() < task.max_length
+        assert ((split.targets == IGNORE) | ((split.targets >= 0) & (split.targets < task.vocab_size))).all()
+
+
+def test_targets_are_the_tokens_that_follow(task: Task, dataset: Dataset) -> None:
+    """The input holds every answer token but the last one, and behind them only padding."""
+    padding = dataset.vocabulary.index(PAD) if PAD in dataset.vocabulary else -1
+    for split in splits(dataset).values():
+        assert torch.equal(split.positions.diff(dim=1), torch.ones_like(split.positions[:, 1:]))
+        assert torch.equal(split.tokens.gather(1, split.positions[:, 1:]), split.targets[:, :-1])
+        behind = torch.arange(task.max_length) > split.positions[:, -1:]
+        assert torch.equal(split.tokens == padding, behind)
+
+
+def test_the_answer_column_is_no_delimiter(dataset: Dataset) -> None:
+    delimiters = {index for index, token in enumerate(dataset.vocabulary) if token in (*SPECIAL_TOKENS, PAD)}
+    for split in splits(dataset).values():
+        assert not delimiters & set(split.targets[:, dataset.answer_column].tolist())
+
+
+def test_a_prompt_has_one_answer_and_training_rows_are_distinct(dataset: Dataset) -> None:
+    answers = defaultdict(set)
+    for split in splits(dataset).values():
+        for prompt, answer in row_texts(split, dataset.vocabulary):
+            answers[prompt].add(answer)
+    assert all(len(found) == 1 for found in answers.values())
+    train = row_texts(dataset.train, dataset.vocabulary)
+    assert len(set(train)) == len(train)
+
+
+def test_held_out_splits_are_disjoint_from_training(task: Task, dataset: Dataset) -> None:
+    train = {prompt for prompt, _ in row_texts(dataset.train, dataset.vocabulary)}
+    held_out = {name for name in dataset.evaluation if name.startswith("test")}
+    if isinstance(task, ComplexReasoning):
+        held_out.add("ood_atomic")
+    assert held_out
+    seen: dict[str, str] = {}
+    for name, split in dataset.evaluation.items():
+        prompts = {prompt for prompt, _ in row_texts(split, dataset.vocabulary)}
+        assert len(prompts) == len(split)
+        assert prompts.isdisjoint(train) if name in held_out else prompts <= train, name
+        if name != "test_hard":  # drawn from the same pairs as test_inferred_ood
+            assert not any(prompt in seen for prompt in prompts), name
+            seen |= dict.fromkeys(prompts, name)
+
+
+def test_manifest(task: Task, dataset: Dataset) -> None:
+    manifest = json.loads(json.dumps(dataset.manifest))
+    assert type(task).from_dict(manifest["spec"]) == task
+    assert manifest["counts"] == {name: len(split) for name, split in splits(dataset).items()}
+    assert sum(manifest["train_blocks"].values()) == len(dataset.train)
+
+
+def test_written_and_read_back_it_is_the_same(task: Task, dataset: Dataset, tmp_path) -> None:
+    write_folder(dataset, tmp_path)
+    folder = Folder(path=tmp_path, predict_stop=getattr(task, "predict_stop", True))
+    loaded = folder.build()
+    assert_equal(dataset, loaded)
+    assert loaded.manifest["sha256"] == dataset.manifest["sha256"]
+    assert loaded.answer_column == dataset.answer_column
+    assert loaded.vocabulary == (*(token for token in dataset.vocabulary if token != PAD), PAD)
+    assert (folder.max_length, folder.num_answers) == (task.max_length, task.num_answers)
+    assert folder.vocab_size == len(loaded.vocabulary)
+    assert Folder.from_text(folder.canonical_json()) == folder
