@@ -7,7 +7,6 @@ Token ids are places in vocab.json; one `<pad>` that no file mentions comes afte
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from groundswell.files import atomic_write
 from groundswell.protocols import IGNORE, Dataset, Split, Task
 from tasks.examples import digest, row_texts
 from tasks.vocabulary import ANSWER, PAD, STOP, IntArray, Vocabulary
@@ -203,16 +203,15 @@ def write_folder(dataset: Dataset, path: str | Path, valid_split: str = "test_in
     nothing. Training rows get a `type` where the manifest knows their kinds.
     """
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     kinds = [kind for kind, count in dataset.manifest.get("train_blocks", {}).items() for _ in range(count)]
     train = _json_rows(dataset.train, dataset.vocabulary, kinds or [""] * len(dataset.train))
     tests = {
         name: _json_rows(split, dataset.vocabulary, [name] * len(split)) for name, split in dataset.evaluation.items()
     }
-    _write(folder / TRAIN, _json_list(train))
-    _write(folder / VALID, _json_list(tests.get(valid_split, [])))
-    _write(folder / TEST, _json_list([row for rows in tests.values() for row in rows]))
-    _write(folder / VOCABULARY, json.dumps([token for token in dataset.vocabulary if token != PAD]))
+    atomic_write(folder / TRAIN, _json_list(train))
+    atomic_write(folder / VALID, _json_list(tests.get(valid_split, [])))
+    atomic_write(folder / TEST, _json_list([row for rows in tests.values() for row in rows]))
+    atomic_write(folder / VOCABULARY, json.dumps([token for token in dataset.vocabulary if token != PAD]))
 
 
 def _json_rows(split: Split, vocabulary: Sequence[str], types: Sequence[str]) -> list[str]:
@@ -229,17 +228,3 @@ def _json_rows(split: Split, vocabulary: Sequence[str], types: Sequence[str]) ->
 
 def _json_list(rows: Sequence[str]) -> str:
     return f"[{', '.join(rows)}]"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a temporary file in the same folder takes the name when it is safely on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -189,6 +189,11 @@ def describe_validation_error(error: ValidationError) -> str:
         text = "is required"
     elif first["type"] == "value_error":
         text = str(first["ctx"]["error"])
+        word = text.split(maxsplit=1)[0] if text else ""
+        if path and word.startswith(f"{path}."):  # the message names the whole path itself
+            path = ""
+        elif isinstance(first["input"], dict) and word in first["input"]:  # ... or the field within this part
+            path, text = (f"{path}.{word}" if path else word), text[len(word) + 1 :]
     else:
         text = f"{first['msg']}, got {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

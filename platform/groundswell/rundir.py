@@ -98,13 +98,17 @@ class RunFolder:
         except FileNotFoundError:
             return Status()
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{self.path}/status.json is damaged ({error}); delete it to train the run again") from None
+            raise ConfigError(
+                f"{self.path}/status.json is damaged ({error}); delete it to train the run again"
+            ) from None
         known = {field.name for field in fields(Status)}
         return Status(**{key: value for key, value in values.items() if key in known})
 
     def update_status(self, **changes: Any) -> Status:
         """Change some fields of status.json. Going (back) to work clears what an earlier ending has left."""
-        cleared = {} if changes.get("state") in (None, *FINAL_STATES) else {"reason": None, "error": None, "ended_ms": None}
+        cleared = (
+            {} if changes.get("state") in (None, *FINAL_STATES) else {"reason": None, "error": None, "ended_ms": None}
+        )
         status = replace(self.status(), **(cleared | changes))
         if status.state not in STATES:
             raise ValueError(f"state: no such state '{status.state}'; known: {', '.join(STATES)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from groundswell.experiment import Experiment, Scaling
 from groundswell.protocols import IGNORE, Dataset, Split, Task
 from groundswell.training.flat import FlatParameters, PackedAdamW, initial_row
 from groundswell.training.sampler import DataOrder, generator
+
+# A pack's parameters are slices of rows, so torch remarks on their layout; accumulating into them is still the fastest.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
 @functools.lru_cache(maxsize=4)
