@@ -35,7 +35,9 @@ class Decoder(Model):
     num_heads: int = Field(4, gt=0, description="attention heads; must divide width")
     width: int = Field(128, gt=0, description="size of the residual stream")
     mlp_width: int | None = Field(None, gt=0, description="hidden units of the MLP; default 4 * width")
-    activation: Literal["gelu_new", "gelu", "relu"] = Field("gelu_new", description="of the MLP; gelu_new is GPT-2's tanh form")
+    activation: Literal["gelu_new", "gelu", "relu"] = Field(
+        "gelu_new", description="of the MLP; gelu_new is GPT-2's tanh form"
+    )
     layer_norm: bool = Field(True, description="False leaves every LayerNorm out")
     tied_head: bool = Field(True, description="the token embedding is also the output matrix")
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings, attention weights and residual branches")
@@ -164,7 +166,11 @@ class Decoder(Model):
     # ---- forward passes ----
 
     def answer_logits(
-        self, parameters: Parameters, tokens: Tensor, positions: Tensor, generators: Sequence[torch.Generator] | None = None
+        self,
+        parameters: Parameters,
+        tokens: Tensor,
+        positions: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V]. The last block and the head see answers only."""
         x = self.embed(parameters, tokens, generators)
@@ -207,7 +213,9 @@ class Decoder(Model):
         """
         rows, positions = len(parameters[WTE]), len(parameters[WPE])
         if len(vocabulary) > rows:
-            raise ConfigError(f"vocabulary: {len(vocabulary)} tokens for {rows} embedding rows; build the model for this task")
+            raise ConfigError(
+                f"vocabulary: {len(vocabulary)} tokens for {rows} embedding rows; build the model for this task"
+            )
         huggingface.write_folder(folder, huggingface.to_config(self, rows, positions), parameters, vocabulary)
 
     def load_folder(self, folder: Path, vocab_size: int, max_length: int) -> dict[str, Tensor]:

@@ -74,7 +74,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; give a folder that save_folder or save_pretrained wrote") from None
+        raise ConfigError(
+            f"{path}: {error.strerror or error}; give a folder that save_folder or save_pretrained wrote"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
@@ -95,13 +97,17 @@ def decoder_fields(folder: Path) -> dict[str, Any]:
 
 def _fields_of_gpt2(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if config.get("model_type", "gpt2") != "gpt2":
-        raise ConfigError(f"{path}: model_type '{config['model_type']}' is not supported; give a GPT-2 folder (model_type gpt2)")
+        raise ConfigError(
+            f"{path}: model_type '{config['model_type']}' is not supported; give a GPT-2 folder (model_type gpt2)"
+        )
     for name, value in FIXED_SETTINGS.items():
         if config.get(name, value) != value:
             raise ConfigError(f"{path}: {name}={config[name]} is not supported; only {value} is")
     activation = config.get("activation_function", "gelu_new")
     if activation not in ACTIVATION_NAMES:
-        raise ConfigError(f"{path}: activation_function '{activation}' is not supported; known: {', '.join(ACTIVATION_NAMES)}")
+        raise ConfigError(
+            f"{path}: activation_function '{activation}' is not supported; known: {', '.join(ACTIVATION_NAMES)}"
+        )
     rates = [config.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]  # 0.1: GPT2Config's default
     if len(set(rates)) > 1:
         raise ConfigError(f"{path}: resid_pdrop, embd_pdrop, attn_pdrop are {rates}; they must be equal here")
@@ -124,16 +130,22 @@ def check_config(decoder: Decoder, folder: Path) -> None:
     for name in SILENT_FIELDS:
         theirs, ours = getattr(stored, name), getattr(decoder, name)
         if theirs != ours:
-            raise ConfigError(f"{folder / CONFIG}: {name} is {theirs} there and {ours} in the model; set model.{name}={theirs}")
+            raise ConfigError(
+                f"{folder / CONFIG}: {name} is {theirs} there and {ours} in the model; set model.{name}={theirs}"
+            )
     if decoder.re_embed and stored.re_embed_temperature != decoder.re_embed_temperature:
         temperature = stored.re_embed_temperature
-        raise ConfigError(f"{folder / CONFIG}: re_embed_temperature differs; set model.re_embed_temperature={temperature}")
+        raise ConfigError(
+            f"{folder / CONFIG}: re_embed_temperature differs; set model.re_embed_temperature={temperature}"
+        )
 
 
 # ---- tensors ----
 
 
-def write_folder(folder: Path, config: dict[str, Any], parameters: Mapping[str, Tensor], vocabulary: Sequence[str]) -> None:
+def write_folder(
+    folder: Path, config: dict[str, Any], parameters: Mapping[str, Tensor], vocabulary: Sequence[str]
+) -> None:
     """Write the three files, each atomically; config.json last, so that a folder with it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     # copies: rows of a pack share one buffer, which safetensors refuses
@@ -162,7 +174,9 @@ def read_weights(folder: Path, specs: Iterable[ParameterSpec], tied_head: bool) 
         tensor, path = found.pop(spec.name)
         if tuple(tensor.shape) != spec.shape:
             remedy = "set the model's fields, or use the task, that the folder was written with"
-            raise ConfigError(f"{path}: {spec.name} is {list(tensor.shape)}, the model needs {list(spec.shape)}; {remedy}")
+            raise ConfigError(
+                f"{path}: {spec.name} is {list(tensor.shape)}, the model needs {list(spec.shape)}; {remedy}"
+            )
         if not tensor.is_floating_point():
             raise ConfigError(f"{path}: {spec.name} is {tensor.dtype}; only floating-point weights can be loaded")
         weights[spec.name] = tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -46,7 +46,9 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if not logits.is_cuda and not torch.compiler.is_compiling():
         return _TokenLosses.apply(logits, targets)
     vocab_size = logits.shape[-1]
-    losses = F.cross_entropy(logits.reshape(-1, vocab_size).float(), targets.reshape(-1), reduction="none", ignore_index=IGNORE)
+    losses = F.cross_entropy(
+        logits.reshape(-1, vocab_size).float(), targets.reshape(-1), reduction="none", ignore_index=IGNORE
+    )
     detached = logits.detach()
     picked = detached.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return losses.view_as(targets), picked >= detached.amax(-1)

@@ -103,6 +103,8 @@ class Driver:
         """Bring Ray up only when something is left to train."""
         if self.options.search != "optuna" and self._all_final():
             return
+        where = f"the cluster at {self.options.address}" if self.options.address else "this machine"
+        self.console.print(f"{self.sweep.name}: starting Ray on {where}; results go to {self.folder.path}", soft_wrap=True, highlight=False)
         with _interruptible(self), cluster.connect(self.options.address, self.options.num_cpus) as resources:
             self._tune(resources)
 

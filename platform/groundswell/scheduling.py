@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from groundswell.rundir import RunFolder, SweepFolder
+from groundswell.tuning import Unsaved
 
 log = logging.getLogger(__name__)
 SchedulerName = Literal["none", "asha", "median"]
@@ -37,7 +38,7 @@ def make_scheduler(name: SchedulerName, metric: str, mode: str, total_steps: int
     return None
 
 
-class MemberScheduler(FIFOScheduler):
+class MemberScheduler(Unsaved, FIFOScheduler):
     """Feeds each run's evaluations to `inner`; a run that should stop finds a request in its folder.
 
     The decision is on disk before the pack goes on, so it survives a crash. `recall` replays the evaluations of

@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 
 from groundswell.config import ConfigError
 from groundswell.sweep import PlannedRun, Sweep
+from groundswell.tuning import Unsaved
 
 SearchName = Literal["grid", "random", "optuna"]
 Packer = Callable[[Sequence[PlannedRun]], list[list[PlannedRun]]]
@@ -144,7 +145,7 @@ def _distribution(path: str, axis: Any) -> Any:
     return CategoricalDistribution(axis.values)
 
 
-class PackSearcher(Searcher):
+class PackSearcher(Unsaved, Searcher):
     """Gives a PackSource's packs to Ray Tune as the configs of its trials."""
 
     def __init__(self, source: PackSource, prepare: Callable[[list[PlannedRun]], dict[str, Any] | None]) -> None:

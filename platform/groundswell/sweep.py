@@ -140,6 +140,7 @@ def run_name(axes: Mapping[str, Any]) -> str:
 
 
 def format_value(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value  # numpy's scalars
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from groundswell.driver import Driver
 
 
-class InterruptStopper(Stopper):
+class Unsaved:
+    """Tune pickles its parts for Tuner.restore. A resumed sweep builds new ones from what is on disk, so this pickles
+    to an empty shell instead of dragging the driver's threads and files along."""
+
+    def __reduce__(self) -> tuple:
+        return (Unsaved, ())
+
+
+class InterruptStopper(Unsaved, Stopper):
     """Ends all trials in an orderly way once the event is set."""
 
     def __init__(self, event: threading.Event) -> None:
@@ -25,7 +33,7 @@ class InterruptStopper(Stopper):
         return self._event.is_set()
 
 
-class RunEnds(Callback):
+class RunEnds(Unsaved, Callback):
     """Passes members' reports and lost processes on to the driver."""
 
     def __init__(self, driver: Driver) -> None:

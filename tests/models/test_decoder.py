@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from groundswell.config import ConfigError
-from groundswell.protocols import IGNORE, ParameterSpec, Split
 from safetensors.torch import load_file
 
+from groundswell.config import ConfigError
+from groundswell.protocols import IGNORE, ParameterSpec, Split
 from models.decoder import Decoder
 from models.layers import dropout
 from models.objectives import AnswerLoss
@@ -42,7 +42,9 @@ def random_parameters(
     """Every tensor random, also those that start at 0 or 1, so that none can be left out unnoticed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return {
-        s.name: torch.stack([s.init_value + 0.02 * gain * torch.randn(s.shape, generator=g) for g in generators]).to(dtype)
+        s.name: torch.stack([s.init_value + 0.02 * gain * torch.randn(s.shape, generator=g) for g in generators]).to(
+            dtype
+        )
         for s in specs
     }
 
@@ -85,7 +87,9 @@ def shifted(ids: np.ndarray, labels: np.ndarray) -> Split:
 def test_matches_twenty_recorded_training_steps(arrays: dict[str, np.ndarray]) -> None:
     weights = golden_weights("tiny_gpt2_init.safetensors")
     decayed = [spec.name for spec in TINY.parameters(328, 10) if spec.decayed]
-    recorded = next(g for g in json.loads((GOLDEN / "tiny_gpt2_meta.json").read_text())["optimizer"]["groups"] if g["weight_decay"])
+    recorded = next(
+        g for g in json.loads((GOLDEN / "tiny_gpt2_meta.json").read_text())["optimizer"]["groups"] if g["weight_decay"]
+    )
     assert {f"lm.{name}" for name in decayed} == set(recorded["names"])
     for tensor in weights.values():
         tensor.requires_grad_(True)
@@ -95,7 +99,9 @@ def test_matches_twenty_recorded_training_steps(arrays: dict[str, np.ndarray]) -
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     for step in range(20):
-        loss, _ = AnswerLoss().loss(TINY, weights, shifted(arrays["train.ids"][step], arrays["train.labels"][step]), 0, None)
+        loss, _ = AnswerLoss().loss(
+            TINY, weights, shifted(arrays["train.ids"][step], arrays["train.labels"][step]), 0, None
+        )
         optimizer.zero_grad()
         loss.sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
@@ -114,9 +120,15 @@ SHAPES = [
     pytest.param(Decoder(num_layers=2, num_heads=2, width=16), 4, id="grouped"),
     pytest.param(Decoder(num_layers=2, num_heads=2, width=16), 9, id="one-example-groups"),
     pytest.param(Decoder(num_layers=2, num_heads=2, width=16), 20, id="long"),
-    pytest.param(Decoder(num_layers=1, num_heads=2, width=16, layer_norm=False, tied_head=False, activation="relu"), 4, id="no-norm"),
+    pytest.param(
+        Decoder(num_layers=1, num_heads=2, width=16, layer_norm=False, tied_head=False, activation="relu"),
+        4,
+        id="no-norm",
+    ),
     pytest.param(Decoder(num_layers=2, num_heads=2, width=16, num_recurrences=2, re_embed=True), 4, id="looped"),
-    pytest.param(Decoder(num_layers=1, num_heads=1, width=16, num_recurrences=3, num_positions=32), 5, id="one-layer-loop"),
+    pytest.param(
+        Decoder(num_layers=1, num_heads=1, width=16, num_recurrences=3, num_positions=32), 5, id="one-layer-loop"
+    ),
 ]
 
 
@@ -148,16 +160,22 @@ def test_short_attention_equals_the_plain_formula(length: int) -> None:
     tokens = random_batch([0], 4, length, 11).tokens
     x = p["transformer.wte.weight"][0][tokens[0]] + p["transformer.wpe.weight"][0]
     w = {name.removeprefix("transformer.h.0."): tensor[0] for name, tensor in p.items()}
-    q, k, v = ((x @ w["attn.c_attn.weight"] + w["attn.c_attn.bias"]).view(4, length, 3, 2, 4).permute(2, 0, 3, 1, 4)).unbind(0)
+    q, k, v = (
+        (x @ w["attn.c_attn.weight"] + w["attn.c_attn.bias"]).view(4, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    ).unbind(0)
     later = torch.ones(length, length).triu(1).bool()
     attended = ((q @ k.transpose(-1, -2)) / 2.0).masked_fill(later, -torch.inf).softmax(-1) @ v
     x = x + attended.transpose(1, 2).reshape(4, length, 8) @ w["attn.c_proj.weight"] + w["attn.c_proj.bias"]
     hidden = F.gelu(x @ w["mlp.c_fc.weight"] + w["mlp.c_fc.bias"], approximate="tanh")
     x = x + hidden @ w["mlp.c_proj.weight"] + w["mlp.c_proj.bias"]
-    torch.testing.assert_close(decoder.logits(p, tokens)[0], x @ p["transformer.wte.weight"][0].T, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        decoder.logits(p, tokens)[0], x @ p["transformer.wte.weight"][0].T, atol=1e-12, rtol=1e-12
+    )
 
 
-def adam_losses(decoder: Decoder, seeds: list[int], dtype: torch.dtype, steps: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def adam_losses(
+    decoder: Decoder, seeds: list[int], dtype: torch.dtype, steps: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A plain Adam, element by element and so blind to packing. Returns losses [steps, K] and the weights."""
     parameters = random_parameters(decoder.parameters(17, 4), seeds, dtype, gain=1.0)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
@@ -240,7 +258,9 @@ def test_generators_without_dropout_change_nothing() -> None:
 
 
 def test_parameter_specs() -> None:
-    specs = Decoder(num_layers=2, num_heads=2, width=8, tied_head=False, init_scale=3.0, num_recurrences=2).parameters(11, 5)
+    specs = Decoder(num_layers=2, num_heads=2, width=8, tied_head=False, init_scale=3.0, num_recurrences=2).parameters(
+        11, 5
+    )
     by_name = {spec.name: spec for spec in specs}
     assert [spec.decayed for spec in specs] == sorted((spec.decayed for spec in specs), reverse=True)
     assert by_name["transformer.wpe.weight"].shape == (5, 8)
@@ -273,7 +293,9 @@ def test_too_few_positions_are_refused() -> None:
         max_length = 7
 
     Decoder(num_positions=7).check(Long())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"num_positions 5 is less than the task's 7 tokens; set model\.num_positions=7"):
+    with pytest.raises(
+        ValueError, match=r"num_positions 5 is less than the task's 7 tokens; set model\.num_positions=7"
+    ):
         Decoder(num_positions=5).check(Long())  # type: ignore[arg-type]
 
 

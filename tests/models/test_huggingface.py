@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from groundswell.config import ConfigError
 from safetensors.torch import load_file, save_file
 
+from groundswell.config import ConfigError
 from models.decoder import Decoder
 
 VOCABULARY = tuple(f"<e_{n}>" for n in range(19))
@@ -30,7 +30,12 @@ def our_logits(decoder: Decoder, parameters: dict[str, torch.Tensor]) -> torch.T
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"tied_head": False}, {"activation": "relu", "mlp_width": 12}, {"activation": "gelu", "num_positions": 9, "num_layers": 1}],
+    [
+        {},
+        {"tied_head": False},
+        {"activation": "relu", "mlp_width": 12},
+        {"activation": "gelu", "num_positions": 9, "num_layers": 1},
+    ],
 )
 def test_transformers_loads_what_we_save(fields: dict, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
@@ -54,7 +59,9 @@ def test_we_load_what_transformers_saves(dtype: torch.dtype, prefix: bool, tmp_p
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=19, n_positions=11, n_embd=8, n_layer=2, n_head=4, n_inner=20, activation_function="gelu")
+    config = GPT2Config(
+        vocab_size=19, n_positions=11, n_embd=8, n_layer=2, n_head=4, n_inner=20, activation_function="gelu"
+    )
     theirs = GPT2LMHeadModel(config).to(dtype)
     (theirs if prefix else theirs.transformer).save_pretrained(tmp_path)
     decoder = Decoder.from_huggingface(tmp_path)
@@ -82,7 +89,13 @@ def test_sharded_folders_and_stored_causal_masks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"layer_norm": False}, {"num_recurrences": 2, "re_embed": True, "re_embed_temperature": 2.0}, {"tied_head": False}]
+    "fields",
+    [
+        {},
+        {"layer_norm": False},
+        {"num_recurrences": 2, "re_embed": True, "re_embed_temperature": 2.0},
+        {"tied_head": False},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_round_trip(fields: dict, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from groundswell.protocols import IGNORE, Split
 
+from groundswell.protocols import IGNORE, Split
 from models.decoder import Decoder
 from models.objectives import AnswerLoss, token_losses
 
@@ -19,7 +19,9 @@ def test_token_losses_equal_cross_entropy(dtype: torch.dtype, scale: float) -> N
     targets = torch.randint(11, (2, 5, 3), generator=generator)
     targets[0, 1, 2] = targets[1, 3, 0] = IGNORE
     losses, right = token_losses(logits, targets)
-    expected = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=IGNORE).view(2, 5, 3)
+    expected = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=IGNORE).view(
+        2, 5, 3
+    )
     torch.testing.assert_close(losses, expected)
     counted = targets != IGNORE
     assert torch.equal(right[counted], (logits.argmax(-1) == targets)[counted])
@@ -49,7 +51,9 @@ def test_answer_loss_and_metrics_of_each_run() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 4, 2, 6, generator=generator, requires_grad=True)
     targets = logits.argmax(-1).clone()
-    targets[0, 0, 0] = (targets[0, 0, 0] + 1) % 6  # run 0: one answer wrong, one delimiter wrong, one row without delimiter
+    targets[0, 0, 0] = (
+        targets[0, 0, 0] + 1
+    ) % 6  # run 0: one answer wrong, one delimiter wrong, one row without delimiter
     targets[0, 1, 1] = (targets[0, 1, 1] + 1) % 6
     targets[0, 2, 1] = IGNORE
     targets[1, 0, 0] = IGNORE

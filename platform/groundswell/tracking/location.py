@@ -22,7 +22,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def artifact_root(uri: str, output: str | Path) -> str | None:
-    """Where artifacts go, as a URI: beside an SQLite file, below the output for other databases; None lets a server say."""
+    """Where artifacts go (URI): beside an SQLite file, below the output for other databases; None: a server says."""
     if uri.startswith(_SQLITE):
         return (Path(uri.removeprefix(_SQLITE)).resolve().parent / "artifacts").as_uri()
     if uri.startswith(("http://", "https://", "databricks", "file:")):

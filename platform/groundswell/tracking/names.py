@@ -34,7 +34,7 @@ def model_name(name: str) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> leaf (lists are leaves), as `Experiment.flatten` does, without importing the experiment's classes."""
+    """Dotted path -> leaf (lists are leaves), as `Experiment.flatten` does, without importing its classes."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"

@@ -210,7 +210,7 @@ class RunSync:
             self._save()
 
     def _write_state(self, store: Store, parent: Parent, run: StoredRun, status: Status) -> None:
-        tags = {"groundswell.state": status.state}
+        tags: dict[str, str] = {"groundswell.state": status.state}
         tags |= {f"groundswell.{k}": tag_value(v) for k in ("reason", "error") if (v := getattr(status, k))}
         if status.is_final:
             error = self.folder.path / "error.txt"

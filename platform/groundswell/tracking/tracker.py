@@ -1,4 +1,4 @@
-"""The thread that carries a sweep's results to MLflow while it trains. A slow or broken store costs training nothing."""
+"""The thread that carries a sweep's results to MLflow while it trains. A slow or broken store never stops training."""
 
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ class Leftover:
         parts += [f"{self.outputs} table(s) and figure(s)"] if self.outputs else []
         reason = f" ({self.error})" if self.error else ""
         command = shlex.join(["groundswell", "sync", self.sweep.name, "--output", str(self.sweep.parent)])
-        return f"MLflow does not have everything yet: {' and '.join(parts)}{reason}. Nothing is lost; send it later: {command}"
+        missing = f"MLflow does not have everything yet: {' and '.join(parts)}{reason}."
+        return f"{missing} Nothing is lost; send it later: {command}"
 
 
 class Tracker:
-    """Tails the run folders of one sweep. One tracker a sweep at a time (tracking.lock); errors never reach the caller."""
+    """Tails the run folders of one sweep, alone (tracking.lock). Its errors never reach the caller."""
 
     def __init__(
         self,
@@ -104,13 +105,13 @@ class Tracker:
         lock = FileLock(self.sweep.path / "tracking.lock", timeout=0)
         try:
             while not self._expired():
-                closing = self._deadline is not None
                 self._wake.clear()
+                closing = self._deadline is not None
                 if self._round(lock, handler, closing):
                     return
                 self._wake.wait(self._pause(closing))
         finally:
-            lock.release()
+            lock.release(force=True)
             log.removeHandler(handler)
 
     def _expired(self) -> bool:
@@ -123,7 +124,8 @@ class Tracker:
     def _round(self, lock: FileLock, handler: logging.Handler, closing: bool) -> bool:
         """Write all that is new. Returns whether the work is over."""
         try:
-            lock.acquire()  # again and again: it may be held by a `groundswell sync`
+            if not lock.is_locked:
+                lock.acquire()  # tried each round: a `groundswell sync` may hold it for a while
             if self._store is None or self._parent is None:
                 self._store = Store(self.uri, handler)
                 self._parent = self._own.connect(self._store)
