@@ -16,6 +16,8 @@ from groundswell.config import ConfigError, parse_value, suggest
 from groundswell.experiment import Experiment
 from groundswell.sweep import Axis, Sweep
 
+PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
+
 
 @dataclasses.dataclass
 class Options:
@@ -51,7 +53,7 @@ def main(build: Callable[[str], Sweep], presets: Mapping[str, str], default: str
 
 
 def run(build: Callable[[str], Sweep], presets: Mapping[str, str], default: str, arguments: Sequence[str]) -> int:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         fields, rest = split_dotted(arguments)
         preset = _preset(rest, presets, default)

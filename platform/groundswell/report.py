@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -49,8 +50,8 @@ def finish_report(sweep: Sweep, results: Results, folder: SweepFolder, console: 
     for remark in report.remarks:
         console.print(remark, soft_wrap=True, highlight=False)
     print_troubles(results, console)
-    for path in saved.values():
-        if path.suffix in (".png", ".csv") and path.stem != "runs":
+    for name, path in saved.items():
+        if name == "tables/summary.csv" or path.suffix == ".png":
             console.print(f"saved {path}", soft_wrap=True, highlight=False)
     return saved
 
@@ -81,7 +82,7 @@ def _as_parquet(table: pd.DataFrame) -> bytes:
 
 
 def print_table(report: Report, console: Console) -> None:
-    table = Table(title=report.title, title_justify="left", header_style="bold")
+    table = Table(title=report.title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in report.table.columns:
         numeric = pd.api.types.is_numeric_dtype(report.table[column])
         table.add_column(str(column), justify="right" if numeric else "left")
