@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from groundswell.report import Report
 from groundswell.results import Results
@@ -28,7 +31,7 @@ def grokking_report(
     figure = draw(results, panel_axis, colour_axis, {"train": train, "held-out": held_out, "out of distribution": ood})
     remarks = (
         f"step of {THRESHOLD:.0%}: first evaluation at or above it; lag: held-out step / train step; "
-        f"values are mean (lowest-highest) over {results.replicate_axis}; > means not reached by the last step of some run",
+        f"values are mean (lowest-highest) over {results.replicate_axis}; > means not reached by then",
     )
     return Report("Grokking: when train and held-out accuracy rise", table, {"grokking": figure}, remarks)
 
@@ -71,7 +74,7 @@ def summarise(results: Results, train: str, held_out: str, ood: str) -> pd.DataF
         key = key if isinstance(key, tuple) else (key,)
         rows.append(
             {
-                **{path.rsplit(".", 1)[-1]: format_value(value) for path, value in zip(axes, key, strict=True)},
+                **{_short(path): format_value(value) for path, value in zip(axes, key, strict=True)},
                 "runs": len(group),
                 f"step of {THRESHOLD:.0%} train": _steps(group["train_step"], group["last_step"]),
                 f"step of {THRESHOLD:.0%} held-out": _steps(group["held_out_step"], group["last_step"]),
@@ -99,39 +102,43 @@ def _spread(values: pd.Series, form: str) -> str:
     return mean if low == high else f"{mean} ({low}-{high})"
 
 
-def draw(results: Results, panel_axis: str, colour_axis: str, splits: dict[str, str]) -> Figure:
-    """A row of panels for each split, a column for each value of `panel_axis`; mean line and range over replicates."""
+def draw(results: Results, panel_axis: str, colour_axis: str, splits: Mapping[str, str]) -> Figure:
+    """One panel for each value of `panel_axis`, one colour for each of `colour_axis`, one line style for each split.
+
+    Lines are means over the replicates, bands their range.
+    """
     panels = sorted(results.runs[panel_axis].unique())
     colours = sorted(results.runs[colour_axis].unique())
     palette = colormaps["viridis"](np.linspace(0.08, 0.85, len(colours)))
-    figure = Figure(figsize=(3.4 * len(panels) + 1.6, 2.3 * len(splits) + 0.7), layout="constrained")
-    axes = figure.subplots(len(splits), len(panels), sharex=True, sharey=True, squeeze=False)
-    panel_name, colour_name = panel_axis.rsplit(".", 1)[-1], colour_axis.rsplit(".", 1)[-1]
-    for row, (label, split) in enumerate(splits.items()):
+    figure = Figure(figsize=(4.2 * len(panels) + 1.9, 4.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for (label, split), style in zip(splits.items(), ("--", "-", ":"), strict=True):
         curves = results.curves(f"eval/{split}/accuracy")
-        for column, panel in enumerate(panels):
-            ax = axes[row, column]
+        for ax, panel in zip(axes, panels, strict=True):
             for colour, value in zip(palette, colours, strict=True):
                 mine = curves[(curves[panel_axis] == panel) & (curves[colour_axis] == value)]
-                _draw_band(ax, mine, colour, format_value(value))
-            if row == 0:
-                ax.set_title(f"{panel_name} = {format_value(panel)}")
-            if column == 0:
-                ax.set_ylabel(f"{label}\naccuracy")
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, title=colour_name, loc="outside right upper", frameon=False)
+                _draw_mean_and_range(ax, mine, colour, style)
+        axes[0].plot([], [], color="0.3", linestyle=style, label=label)  # for the legend
+    for ax, panel in zip(axes, panels, strict=True):
+        ax.set(title=f"{_short(panel_axis)} = {format_value(panel)}", xlabel="step", xscale="log", ylim=(-0.03, 1.03))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.grid(alpha=0.25)
+    axes[0].set_ylabel("accuracy")
+    for colour, value in zip(palette, colours, strict=True):
+        axes[0].plot([], [], color=colour, linewidth=3, label=f"{_short(colour_axis)} {format_value(value)}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
-def _draw_band(ax: Axes, curves: pd.DataFrame, colour: np.ndarray, label: str) -> None:
-    """Mean over runs with the range as a band; a run that ended early keeps its last value in the mean."""
-    ax.set_xscale("log")
-    ax.set_ylim(-0.03, 1.03)
-    ax.grid(alpha=0.25)
+def _short(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _draw_mean_and_range(ax: Axes, curves: pd.DataFrame, colour: np.ndarray, style: str) -> None:
+    """A run that ended early keeps its last value in the mean."""
     if not len(curves):
         return
     wide = curves[curves["step"] > 0].pivot_table(index="step", columns="run_id", values="value").sort_index().ffill()
-    ax.plot(wide.index, wide.mean(axis=1), color=colour, label=label, linewidth=1.8)
-    ax.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.18, linewidth=0)
+    ax.plot(wide.index, wide.mean(axis=1), color=colour, linestyle=style, linewidth=1.8)
+    ax.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.15, linewidth=0)

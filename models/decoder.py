@@ -172,7 +172,7 @@ class Decoder(Model):
         positions: Tensor,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V]. The last block and the head see answers only."""
+        """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V]. Last block and head see answers only."""
         x = self.embed(parameters, tokens, generators)
         last = self.num_effective_layers - 1
         for layer in range(last + 1):

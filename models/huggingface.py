@@ -1,7 +1,7 @@
 """Decoders as Hugging Face folders: config.json, model.safetensors, vocabulary.json.
 
 A plain decoder is written as GPT2LMHeadModel. One that GPT-2 cannot express (looped, without LayerNorm) names our class
-instead, so that no other library loads it as something it is not. Our own configuration is kept in full under "groundswell".
+instead, so that no other library loads it as something it is not. Our own configuration is kept under "groundswell".
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def write_folder(
 
 
 def read_weights(folder: Path, specs: Iterable[ParameterSpec], tied_head: bool) -> dict[str, Tensor]:
-    """The tensors named by `specs`, float32 (float64 stays). Raises ConfigError where one is missing, alien or misshapen.
+    """The tensors named by `specs`, float32 (float64 stays). Raises ConfigError where one is missing or misshapen.
 
     Takes the layouts of released GPT-2s: one file or shards, with or without the prefix "transformer.", any float type.
     """

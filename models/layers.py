@@ -6,6 +6,7 @@ One run takes the two-dimensional matrix products, which are cheaper than batche
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ LAYER_NORM_EPS = 1e-5  # GPT-2's
 SHORT = 16  # tokens up to which attention with explicit scores is faster than the fused kernel
 
 Generators = Sequence[torch.Generator]
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
 }
@@ -94,7 +97,7 @@ def attention(
     num_runs, batch, num_queries, width = query.shape
     length = key_value.shape[2]
     drops = generators is not None and probability > 0.0
-    if length <= SHORT and not drops and not query.is_cuda and not torch.compiler.is_compiling():
+    if length <= SHORT and not drops and not (query.is_cuda or torch.compiler.is_compiling()):
         group = _group_size(batch, length)
         q = query.reshape(-1, group * num_queries, width)
         kv = key_value.reshape(-1, group * length, 2 * width)
@@ -130,14 +133,21 @@ def _group_size(batch: int, length: int) -> int:
 def _group_bias(query: Tensor, length: int, group: int, positions: Tensor | None) -> Tensor:
     """-inf where a query may not look (later tokens, other examples): [G*T, G*T], or [M, G*A, G*T] with positions."""
     num_queries = query.shape[1] // group
-    first = torch.arange(0, group * length, length, device=query.device).repeat_interleave(num_queries)
+    first, own, causal = _group_frame(length, group, num_queries, query.dtype)
     if positions is None:
-        positions = torch.arange(length, device=query.device).repeat(group)
-    else:
-        positions = positions.reshape(-1, group * num_queries)
-    key = torch.arange(group * length, device=query.device)
-    visible = (key >= first.unsqueeze(-1)) & (key <= (positions + first).unsqueeze(-1))
+        return causal
+    visible = own & (torch.arange(group * length) <= (positions.reshape(-1, group * num_queries) + first).unsqueeze(-1))
     return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+
+
+@functools.lru_cache(maxsize=32)
+def _group_frame(length: int, group: int, num_queries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What depends on shapes alone: each query's first own key [G*A], its own keys [G*A, G*T], the causal bias."""
+    example = torch.arange(group).repeat_interleave(num_queries)
+    own = example.unsqueeze(-1) == torch.arange(group * length) // length
+    later = torch.ones(num_queries, length, dtype=torch.bool).triu(1).repeat(group, group)
+    causal = torch.zeros(own.shape, dtype=dtype).masked_fill_(later | ~own, float("-inf"))
+    return example * length, own, causal
 
 
 def _softmax(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 @dataclasses.dataclass
 class Options:
-    """Any field of the experiment can be set too: --optimizer.lr 3e-4 (all of them are listed below, with this preset's values)."""
+    """Any field of the experiment can be set too: --optimizer.lr 3e-4 (listed below with this preset's values)."""
 
     preset: str = "demo"
     """size of the sweep"""
@@ -81,12 +81,12 @@ def run(build: Callable[[str], Sweep], presets: Mapping[str, str], default: str,
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: runs go on from their last checkpoint when the same command is given again", file=sys.stderr)
+        print("interrupted: the same command goes on from the runs' last checkpoints", file=sys.stderr)
         return 130
 
 
 def split_dotted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take `--a.b VALUE`, `--a.b=VALUE`, `--a.flag` and `--a.no-flag` out. Returns dotted path -> value, and the rest."""
+    """Take `--a.b VALUE`, `--a.b=VALUE`, `--a.flag`, `--a.no-flag` out. Returns dotted path -> value, and the rest."""
     fields: dict[str, Any] = {}
     rest: list[str] = []
     queue = list(arguments)
@@ -122,7 +122,11 @@ def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, 
             raise ConfigError(f"--axis {text}: write PATH=V1,V2,..., for instance --axis optimizer.lr=1e-3,3e-3")
         base.get(path)  # names a misspelt field
         parsed = tuple(parse_value(value) for value in values.split(","))
-        axes[path] = axes[path].model_copy(update={"values": parsed, "low": None, "high": None}) if path in axes else Axis(values=parsed)
+        axes[path] = (
+            axes[path].model_copy(update={"values": parsed, "low": None, "high": None})
+            if path in axes
+            else Axis(values=parsed)
+        )
     parts = [sweep.name, preset]
     if options.search != "grid":
         parts.append(options.search)
@@ -148,14 +152,15 @@ def _preset(arguments: Sequence[str], presets: Mapping[str, str], default: str) 
 
 def _parse(sweep: Sweep, arguments: Sequence[str], presets: Mapping[str, str], preset: str) -> Options:
     """Parse the plain options; --help lists the experiment's fields along with them."""
-    preset_type = Annotated[Literal[tuple(presets)], tyro.conf.arg(help="; ".join(f"{k}: {v}" for k, v in presets.items()))]  # type: ignore[valid-type]
-    fields: list[Any] = [("preset", preset_type, dataclasses.field(default=preset))]
+    told = "; ".join(f"{name}: {text}" for name, text in presets.items())
+    choice: Any = Annotated[Literal[tuple(presets)], tyro.conf.arg(help=told)]  # type: ignore[valid-type]
+    fields: list[Any] = [("preset", choice, dataclasses.field(default=preset))]
     if "-h" in arguments or "--help" in arguments:
         for name in Experiment.model_fields:
             part = getattr(sweep.base, name)
-            kind = Annotated[type(part), tyro.conf.AvoidSubcommands]
+            kind: Any = Annotated[type(part), tyro.conf.AvoidSubcommands]
             fields.append((name, kind, dataclasses.field(default=part)))
-    command = dataclasses.make_dataclass("Command", fields, bases=(Options,))
+    command: Any = dataclasses.make_dataclass("Command", fields, bases=(Options,))
     options, unknown = tyro.cli(
         command,
         prog=f"python {Path(sys.argv[0]).name}",

@@ -84,7 +84,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Resour
 def _join(address: str, options: dict[str, Any]) -> None:
     import ray
 
-    advice = f"no Ray cluster answers at {address}: check the address (--address or RAY_ADDRESS) and that `ray start --head` runs"
+    advice = (
+        f"no Ray cluster answers at {address}: check the address (--address or RAY_ADDRESS) "
+        "and that `ray start --head` runs there"
+    )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address != "auto":
         try:

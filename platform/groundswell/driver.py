@@ -57,7 +57,9 @@ def run_sweep(sweep: Sweep, options: SweepOptions, console: Console | None = Non
     """Train what is not yet trained, then report. Returns the exit code: 0, 1 when a run failed, 130 after Ctrl-C."""
     console = console or Console()
     if options.search == "optuna":
-        sweep.runs({path: axis.sample(_fixed_generator()) for path, axis in sweep.search_axes().items()})  # checked early
+        sweep.runs(
+            {path: axis.sample(_fixed_generator()) for path, axis in sweep.search_axes().items()}
+        )  # checked early
     else:
         listed_runs(sweep, options)
     folder = SweepFolder(ensure_writable(options.output) / sweep.name)
@@ -66,7 +68,9 @@ def run_sweep(sweep: Sweep, options: SweepOptions, console: Console | None = Non
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(f"{folder.path}: another process is running this sweep; wait for it or choose another --output") from None
+        raise ConfigError(
+            f"{folder.path}: another process is running this sweep; wait for it or choose another --output"
+        ) from None
     with lock, _log_file(folder.path / "log" / "driver.log"):
         driver = Driver(sweep, options, folder, console)
         return driver.run()
@@ -104,7 +108,11 @@ class Driver:
         if self.options.search != "optuna" and self._all_final():
             return
         where = f"the cluster at {self.options.address}" if self.options.address else "this machine"
-        self.console.print(f"{self.sweep.name}: starting Ray on {where}; results go to {self.folder.path}", soft_wrap=True, highlight=False)
+        self.console.print(
+            f"{self.sweep.name}: starting Ray on {where}; results go to {self.folder.path}",
+            soft_wrap=True,
+            highlight=False,
+        )
         with _interruptible(self), cluster.connect(self.options.address, self.options.num_cpus) as resources:
             self._tune(resources)
 
@@ -131,12 +139,14 @@ class Driver:
         self.workers = resources.workers(scaling.num_threads, on_gpu)
         self.source = self._make_source(on_gpu)
         total_runs = self.source.total_runs
-        total_work = cost(list(self.planned.values())) or cost(self._one_setting()) / len(self.sweep.replicates()) * total_runs
+        total_work = (
+            cost(list(self.planned.values())) or cost(self._one_setting()) / len(self.sweep.replicates()) * total_runs
+        )
         inner = make_scheduler(self.options.scheduler, self.sweep.metric, self.sweep.mode, self.sweep.base.budget.steps)
         scheduler = MemberScheduler(inner, self.folder) if inner else None
         if scheduler:
             scheduler.recall(self.folder.runs())
-        per_trial = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": scaling.num_threads}
+        per_trial: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": scaling.num_threads}
         tune_folder = self.folder.path / ".tune"
         shutil.rmtree(tune_folder, ignore_errors=True)
         with Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode) as self.progress:
@@ -162,7 +172,9 @@ class Driver:
         shutil.rmtree(tune_folder, ignore_errors=True)
 
     def _one_setting(self) -> list[PlannedRun]:
-        return self.sweep.runs({path: axis.sample(_fixed_generator()) for path, axis in self.sweep.search_axes().items()})
+        return self.sweep.runs(
+            {path: axis.sample(_fixed_generator()) for path, axis in self.sweep.search_axes().items()}
+        )
 
     def _make_source(self, on_gpu: bool) -> Any:
         from groundswell.search import ListedPacks, OptunaPacks
@@ -224,7 +236,9 @@ class Driver:
                 self.on_members([{"run_id": run_id, "state": "failed"}])
 
     def _outcome(self, folder: RunFolder) -> dict[str, Any]:
-        values = [line["metrics"][self.sweep.metric] for line in folder.journal() if self.sweep.metric in line["metrics"]]
+        values = [
+            line["metrics"][self.sweep.metric] for line in folder.journal() if self.sweep.metric in line["metrics"]
+        ]
         status = folder.status()
         return {"state": status.state, "step": status.step, "value": values[-1] if values else None}
 

@@ -25,7 +25,9 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
     on_gpu = machine.num_gpus > 0 and scaling.device != "cpu"
     workers = options.num_cpus or machine.workers(scaling.num_threads, on_gpu)
     packs = make_packs(runs, workers, on_gpu, options.pack)
-    table = Table(title=f"{sweep.name}: {len(runs)} runs in {len(packs)} packs on {workers} workers", title_justify="left")
+    table = Table(
+        title=f"{sweep.name}: {len(runs)} runs in {len(packs)} packs on {workers} workers", title_justify="left"
+    )
     for column in ("pack", "runs", "parameters a run", "steps", "ms a step", "time", "memory"):
         table.add_column(column, justify="left" if column == "runs" else "right")
     total, peak = 0.0, 0.0
@@ -46,7 +48,9 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
             f"{memory:,.0f} MiB",
         )
     console.print(table)
-    parallel = max(total / workers, max((_seconds_per_step(p, measured) * p[0].experiment.budget.steps for p in packs), default=0))
+    parallel = max(
+        total / workers, max((_seconds_per_step(p, measured) * p[0].experiment.budget.steps for p in packs), default=0)
+    )
     console.print(
         f"about {format_seconds(parallel)} of training on {workers} workers (early stops make it shorter), "
         f"{peak:,.0f} MiB a worker beyond about 400 MiB for its libraries",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -63,9 +63,9 @@ class NeverReached(StopRule):
     by_step: int = Field(gt=0)
 
     def reason(self, history: Sequence[tuple[int, dict[str, float]]]) -> str | None:
-        if history and history[-1][0] >= self.by_step:
-            if all(metrics.get(self.metric, float("-inf")) < self.value for _, metrics in history):
-                return f"{self.metric} below {self.value:g} by step {self.by_step}"
+        late = bool(history) and history[-1][0] >= self.by_step
+        if late and all(metrics.get(self.metric, float("-inf")) < self.value for _, metrics in history):
+            return f"{self.metric} below {self.value:g} by step {self.by_step}"
         return None
 
 
@@ -93,7 +93,9 @@ class Scaling(Config):
     @model_validator(mode="after")
     def _check(self) -> Scaling:
         if self.device == "cpu" and self.precision in ("tf32", "bf16"):
-            raise ValueError(f"scaling.precision {self.precision} needs a GPU; on a CPU use float32, which is faster there")
+            raise ValueError(
+                f"scaling.precision {self.precision} needs a GPU; on a CPU use float32, which is faster there"
+            )
         if self.device == "cpu" and self.cuda_graph:
             raise ValueError("scaling.cuda_graph needs a GPU; leave it off or set scaling.device=cuda")
         return self

@@ -74,7 +74,9 @@ class Progress:
             elapsed = time.monotonic() - self._start
             ended = sum(self.ended.values())
             parts = [f"{ended}/{self.total_runs} runs done", f"{len(self._live_runs)} running"]
-            bad = ", ".join(f"{n} {state}" for state, n in self.ended.items() if state in ("failed", "diverged", "pruned"))
+            bad = ", ".join(
+                f"{n} {state}" for state, n in self.ended.items() if state in ("failed", "diverged", "pruned")
+            )
             parts += [bad] if bad else []
             rate = sum(rate for _, _, rate, _ in self._live_runs.values())
             if rate:

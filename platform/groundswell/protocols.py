@@ -91,7 +91,11 @@ class Model(Component, ABC):
 
     @abstractmethod
     def answer_logits(
-        self, parameters: Parameters, tokens: Tensor, positions: Tensor, generators: Sequence[torch.Generator] | None = None
+        self,
+        parameters: Parameters,
+        tokens: Tensor,
+        positions: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V].
 
@@ -106,7 +110,7 @@ class Model(Component, ABC):
     def load_folder(self, folder: Path, vocab_size: int, max_length: int) -> dict[str, Tensor]:
         """Read back what `save_folder` wrote. Raises ConfigError for a folder of another shape."""
 
-    def check(self, task: Task) -> None:  # noqa: B027 (optional)
+    def check(self, task: Task) -> None:
         """Raise ValueError for a combination that cannot work, naming the field."""
 
     def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
@@ -120,6 +124,11 @@ class Objective(Component, ABC):
 
     @abstractmethod
     def loss(
-        self, model: Model, parameters: Parameters, batch: Split, answer_column: int, generators: Sequence[torch.Generator] | None
+        self,
+        model: Model,
+        parameters: Parameters,
+        batch: Split,
+        answer_column: int,
+        generators: Sequence[torch.Generator] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch tensors carry the trial axis ([K, B, ...]). Returns the loss [K] and named metrics [K] (detached)."""

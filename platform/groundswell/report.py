@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from groundswell.files import atomic_write
@@ -38,7 +39,14 @@ def default_report(results: Results, metric: str) -> Report:
     last = curves.sort_values("step").groupby("run_id", as_index=False).last()
     axes = results.setting_axes
     groups = last.groupby(axes, as_index=False) if axes else last.assign(all="all").groupby("all", as_index=False)
-    table = groups.agg(**{metric: ("value", "mean"), "lowest": ("value", "min"), "highest": ("value", "max"), "runs": ("value", "size")})
+    table = groups.agg(
+        **{
+            metric: ("value", "mean"),
+            "lowest": ("value", "min"),
+            "highest": ("value", "max"),
+            "runs": ("value", "size"),
+        }
+    )
     return Report(f"{metric} at the last evaluation", table)
 
 
@@ -77,7 +85,7 @@ def _as_parquet(table: pd.DataFrame) -> bytes:
     table = table.copy()
     for column in table.columns:
         if table[column].dtype == object:
-            table[column] = table[column].map(lambda value: None if value is None else str(value))
+            table[column] = table[column].map(str, na_action="ignore")
     return table.to_parquet(index=False)
 
 
@@ -94,11 +102,12 @@ def print_table(report: Report, console: Console) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "-" if pd.isna(value) else f"{value:.4g}"
-    return str(value)
+    return f"{value!s}"
 
 
 def print_troubles(results: Results, console: Console) -> None:
     """Runs that failed or diverged, one line each."""
     for state, style in (("failed", "red"), ("diverged", "yellow")):
         for row in results.runs[results.runs["state"] == state].itertuples():
-            console.print(f"[{style}]{state}[/] {row.name} ({row.run_id}): {row.error or row.reason}", soft_wrap=True, highlight=False)
+            told = escape(f"{row.name} ({row.run_id}): {row.error or row.reason}")
+            console.print(f"[{style}]{state}[/] {told}", soft_wrap=True, highlight=False)

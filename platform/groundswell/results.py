@@ -30,11 +30,15 @@ class Results:
         """Rows where the metric was measured: run_id, step, value, and the run's axes."""
         if metric not in self.history:
             return pd.DataFrame(columns=["run_id", "step", "value", *self.axes])
-        rows = self.history.loc[self.history[metric].notna(), ["run_id", "step", metric]].rename(columns={metric: "value"})
+        rows = self.history.loc[self.history[metric].notna(), ["run_id", "step", metric]].rename(
+            columns={metric: "value"}
+        )
         return rows.merge(self.runs[["run_id", *self.axes]], on="run_id")
 
 
-def load_results(folder: SweepFolder, planned: Sequence[PlannedRun], axes: Sequence[str], replicate_axis: str) -> Results:
+def load_results(
+    folder: SweepFolder, planned: Sequence[PlannedRun], axes: Sequence[str], replicate_axis: str
+) -> Results:
     """Read the journals and statuses of these runs."""
     rows, readings = [], []
     for run in planned:

@@ -64,7 +64,9 @@ class OptunaPacks(PackSource):
         self.sweep, self.num_samples, self.pack, self.group = sweep, num_samples, pack, group
         self._distributions = {path: _distribution(path, axis) for path, axis in sweep.search_axes().items()}
         if not self._distributions:
-            raise ConfigError("search optuna: the sweep has no axis besides its replicates; add one with --axis PATH=V1,V2")
+            raise ConfigError(
+                "search optuna: the sweep has no axis besides its replicates; add one with --axis PATH=V1,V2"
+            )
         storage.parent.mkdir(parents=True, exist_ok=True)
         self.study = optuna.create_study(
             study_name=sweep.name,
@@ -149,7 +151,7 @@ class PackSearcher(Unsaved, Searcher):
     """Gives a PackSource's packs to Ray Tune as the configs of its trials."""
 
     def __init__(self, source: PackSource, prepare: Callable[[list[PlannedRun]], dict[str, Any] | None]) -> None:
-        """`prepare` makes the run folders and returns the trial's config; None when nothing of the pack is left to do."""
+        """`prepare` makes the run folders and returns the trial's config; None where nothing is left to do."""
         super().__init__()
         self.source, self.prepare = source, prepare
 

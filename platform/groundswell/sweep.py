@@ -97,8 +97,12 @@ class Sweep:
         axes = self.search_axes()
         for path, axis in axes.items():
             if not axis.values:
-                raise ConfigError(f"{path}: a grid needs values, this axis has only a range; use --search random or optuna")
-        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*(a.values for a in axes.values()))]
+                raise ConfigError(
+                    f"{path}: a grid needs values, this axis has only a range; use --search random or optuna"
+                )
+        return [
+            dict(zip(axes, values, strict=True)) for values in itertools.product(*(a.values for a in axes.values()))
+        ]
 
     def sample(self, count: int, seed: int) -> list[dict[str, Any]]:
         """`count` independent settings."""
@@ -133,7 +137,7 @@ class Sweep:
 
 
 def run_name(axes: Mapping[str, Any]) -> str:
-    """"model.num_layers": 2 -> "num_layers=2"; the whole path where two axes end alike."""
+    """ "model.num_layers": 2 -> "num_layers=2"; the whole path where two axes end alike."""
     last = [path.rsplit(".", 1)[-1] for path in axes]
     labels = [path if last.count(short) > 1 else short for path, short in zip(axes, last, strict=True)]
     return " ".join(f"{label}={format_value(value)}" for label, value in zip(labels, axes.values(), strict=True))
@@ -157,8 +161,10 @@ DISPATCH_BOUND_FLOPS = 6e7  # forward FLOPs of a batch below which packing pays 
 CPU_PACK, GPU_PACK = 8, 64
 
 
-def pack_size(experiment: Experiment, num_runs: int, num_workers: int, on_gpu: bool, pack: int | Literal["auto"]) -> int:
-    """Runs in one pack: a number as it is; "auto" by the measured rule, never so many that a worker has nothing to do."""
+def pack_size(
+    experiment: Experiment, num_runs: int, num_workers: int, on_gpu: bool, pack: int | Literal["auto"]
+) -> int:
+    """Runs in one pack: a number as it is; "auto" by the measured rule, never so many that a worker idles."""
     if pack != "auto":
         return pack
     task = experiment.task

@@ -1,4 +1,4 @@
-"""The Ray actor that hosts a pack. One process trains pack after pack; everything it must not lose is in run folders."""
+"""The Ray actor that hosts a pack. One process trains pack after pack; what it must not lose is in run folders."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The training loop with readings, evaluations, checkpoints and journal against the bare step, interleaved.
 
-    python tests/benchmarks/loop_overhead.py [--steps 1500] [--rounds 3]
+python tests/benchmarks/loop_overhead.py [--steps 1500] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def main() -> None:
         # The demo's own run and schedules, only shorter; a new seed each round, so that nothing is resumed.
         experiment = sweep.base.with_overrides({"budget.steps": options.steps, "seed": number})
         with tempfile.TemporaryDirectory() as folder:
-            run = SweepFolder(Path(folder) / "loop").create_run(PlannedRun(experiment, {"seed": number}, f"seed={number}"), "loop", 0)
+            run = SweepFolder(Path(folder) / "loop").create_run(
+                PlannedRun(experiment, {"seed": number}, f"seed={number}"), "loop", 0
+            )
             trainer = PackTrainer([run])
             start = time.process_time()
             while not trainer.finished:

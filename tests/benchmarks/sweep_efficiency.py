@@ -74,7 +74,9 @@ def bare_seconds(sweep: Sweep, workers: int) -> float:
     """Seconds that the same runs take as bare loops, one process a core."""
     context = multiprocessing.get_context("spawn")
     barrier, seconds = context.Barrier(workers), context.Array("d", workers)
-    processes = [context.Process(target=bare_worker, args=(sweep, n, workers, barrier, seconds)) for n in range(workers)]
+    processes = [
+        context.Process(target=bare_worker, args=(sweep, n, workers, barrier, seconds)) for n in range(workers)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -110,7 +112,7 @@ def many_runs(count: int, folder: Path) -> dict[str, float]:
     done.set()
     watcher.join()
     training = bare_seconds(sweep, local_resources().num_cpus)
-    early = [memory for ended, memory in samples if ended >= count // 4][0]
+    early = next(memory for ended, memory in samples if ended >= count // 4)
     return {"seconds": seconds, "whole": whole, "training": training, "early_mib": early, "late_mib": samples[-1][1]}
 
 
@@ -124,7 +126,11 @@ def main() -> None:
         print(json.dumps(many_runs(options.many, options.many_only)))
         return
     workers = local_resources().num_cpus
-    axes = {"model.num_layers": Axis(values=(2, 3)), "optimizer.weight_decay": Axis(values=(0.03, 1.0)), "seed": Axis(values=(0, 1))}
+    axes = {
+        "model.num_layers": Axis(values=(2, 3)),
+        "optimizer.weight_decay": Axis(values=(0.03, 1.0)),
+        "seed": Axis(values=(0, 1)),
+    }
     demo = shortened("efficiency", options.steps, axes)
     runs = listed_runs(demo, SweepOptions())
     trial_steps = options.steps * len(runs)
@@ -144,7 +150,8 @@ def main() -> None:
         ("  their training alone", f"{many['training']:.1f}", "-"),
     ]
     print_table("sweep efficiency", ("", "s", "trial-steps/s"), rows)
-    print(f"driver memory after a quarter of {options.many} runs {many['early_mib']:.0f} MiB, at the end {many['late_mib']:.0f} MiB")
+    early, late = many["early_mib"], many["late_mib"]
+    print(f"driver memory after a quarter of {options.many} runs {early:.0f} MiB, at the end {late:.0f} MiB")
     finish(
         {
             "sweep_vs_bare": bare / seconds,

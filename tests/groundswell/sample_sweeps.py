@@ -60,7 +60,9 @@ def sample_metrics(step: int, speed: float = 1.0) -> dict[str, float]:
     return metrics
 
 
-def train(folder: RunFolder, first: int, last: int, every: int = 10, speed: float = 1.0, time_ms: int = START_MS) -> None:
+def train(
+    folder: RunFolder, first: int, last: int, every: int = 10, speed: float = 1.0, time_ms: int = START_MS
+) -> None:
     """Readings of steps first, first + every, ..., last."""
     folder.update_status(state="running", step=first, started_ms=folder.status().started_ms or START_MS)
     for step in range(first, last + 1, every):

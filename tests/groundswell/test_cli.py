@@ -19,12 +19,23 @@ def sweep(tiny):
 @pytest.fixture
 def command(sweep, tmp_path):
     """Run the command line; returns the exit code."""
-    return lambda *arguments: run(lambda preset: sweep, {"demo": "a demo", "full": "all"}, "demo", ["--output", str(tmp_path / "out"), *arguments])
+    return lambda *arguments: run(
+        lambda preset: sweep, {"demo": "a demo", "full": "all"}, "demo", ["--output", str(tmp_path / "out"), *arguments]
+    )
 
 
 def test_dotted_options_are_taken_out():
     fields, rest = split_dotted(
-        ["--preset", "demo", "--optimizer.lr", "3e-4", "--model.num-layers=3", "--scaling.compile", "--model.no-tied-head", "--dry-run"]
+        [
+            "--preset",
+            "demo",
+            "--optimizer.lr",
+            "3e-4",
+            "--model.num-layers=3",
+            "--scaling.compile",
+            "--model.no-tied-head",
+            "--dry-run",
+        ]
     )
     assert fields == {"optimizer.lr": 3e-4, "model.num_layers": 3, "scaling.compile": True, "model.tied_head": False}
     assert rest == ["--preset", "demo", "--dry-run"]
@@ -51,7 +62,10 @@ def test_new_values_keep_what_else_an_axis_sets(sweep):
         (["--optimizer.lrr", "1"], "optimizer.lrr: 'optimizer' has no field 'lrr'; did you mean 'lr'?"),
         (["--model.num-layers", "-1"], "model.num_layers: Input should be greater than 0, got -1"),
         (["--model.num-heads", "3"], "model.num_heads: 3 does not divide width 16"),
-        (["--optimizer.weight-decay", "1"], "is an axis of this sweep; set its values with --axis optimizer.weight_decay="),
+        (
+            ["--optimizer.weight-decay", "1"],
+            "is an axis of this sweep; set its values with --axis optimizer.weight_decay=",
+        ),
         (["--axis", "optimizer.lr"], "write PATH=V1,V2"),
         (["--axis", "optimizer.rate=1,2"], "'optimizer' has no field 'rate'"),
         (["--axis", "model.num_layers=2,0"], "model.num_layers: Input should be greater than 0, got 0 (run"),

@@ -65,7 +65,9 @@ with atomic_folder(sys.argv[1]) as folder:
 
 def test_unwritable_folder_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output: cannot write to '.*file/results' \(Not a directory\); choose another"):
+    with pytest.raises(
+        ConfigError, match=r"output: cannot write to '.*file/results' \(Not a directory\); choose another"
+    ):
         ensure_writable(tmp_path / "file" / "results")
     assert ensure_writable(tmp_path / "a" / "b").is_dir()
     assert os.listdir(tmp_path / "a" / "b") == []

@@ -1,5 +1,6 @@
 """Schedules are pure functions of the step."""
 
+import itertools
 import math
 
 from hypothesis import given
@@ -26,7 +27,7 @@ def test_log_spaced_covers_each_decade_evenly(per_decade, first):
     assert first in steps
     # Where marks are more than a step apart, no two neighbours are further apart than one mark (and rounding).
     ratio = 10 ** (1 / per_decade)
-    for low, high in zip(steps[1:-1], steps[2:], strict=False):
+    for low, high in itertools.pairwise(steps[1:]):
         assert high <= math.ceil(low * ratio) + 1
     late = [step for step in steps if first * 100 <= step < first * 1_000]
     if first * 100 * (ratio - 1) > 2:

@@ -12,7 +12,9 @@ from groundswell.sweep import Axis, Sweep, format_value, make_packs, pack_size, 
 
 
 def make_sweep(base, **axes):
-    return Sweep("toy", base, {path.replace("__", "."): axis for path, axis in axes.items()}, metric="eval/test/accuracy")
+    return Sweep(
+        "toy", base, {path.replace("__", "."): axis for path, axis in axes.items()}, metric="eval/test/accuracy"
+    )
 
 
 def all_runs(sweep):
@@ -20,7 +22,12 @@ def all_runs(sweep):
 
 
 def test_grid_is_the_product_and_each_run_has_its_experiment(tiny):
-    sweep = make_sweep(tiny, model__num_layers=Axis(values=(1, 2)), optimizer__lr=Axis(values=(1e-3, 3e-3)), seed=Axis(values=(0, 1, 2)))
+    sweep = make_sweep(
+        tiny,
+        model__num_layers=Axis(values=(1, 2)),
+        optimizer__lr=Axis(values=(1e-3, 3e-3)),
+        seed=Axis(values=(0, 1, 2)),
+    )
     runs = all_runs(sweep)
     assert len({run.run_id for run in runs}) == 12
     for run in runs:
@@ -52,7 +59,12 @@ def test_random_search_is_reproducible(tiny):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({}, "needs values"), ({"low": 1.0}, "both low and high"), ({"low": 2.0, "high": 1.0}, "must be below"), ({"low": 0.0, "high": 1.0, "log": True}, "low > 0")],
+    [
+        ({}, "needs values"),
+        ({"low": 1.0}, "both low and high"),
+        ({"low": 2.0, "high": 1.0}, "must be below"),
+        ({"low": 0.0, "high": 1.0, "log": True}, "low > 0"),
+    ],
 )
 def test_axis_errors(fields, message):
     with pytest.raises(ConfigError, match=message):
@@ -60,7 +72,12 @@ def test_axis_errors(fields, message):
 
 
 def test_packs_hold_one_shape_and_every_run_once(tiny):
-    sweep = make_sweep(tiny, model__num_layers=Axis(values=(1, 2)), optimizer__lr=Axis(values=(1e-3, 2e-3, 3e-3)), seed=Axis(values=(0, 1)))
+    sweep = make_sweep(
+        tiny,
+        model__num_layers=Axis(values=(1, 2)),
+        optimizer__lr=Axis(values=(1e-3, 2e-3, 3e-3)),
+        seed=Axis(values=(0, 1)),
+    )
     runs = all_runs(sweep)
     for pack in ("auto", 1, 4, 100):
         packs = make_packs(runs, 2, False, pack)

@@ -55,6 +55,8 @@ class SweepSync:
             if self._memory.get("parent_run_id") != run.run_id:  # another store has none of what this one was sent
                 outputs = {k: v | {"sent": None} for k, v in self._memory["outputs"].items()}
                 self._remember(uri=store.uri, parent_run_id=run.run_id, outputs=outputs, environments=[])
+            if self._memory.get("experiment_id") != experiment_id:
+                self._remember(experiment_id=experiment_id)
         self._log_environment(store, run, state)
         children: dict[str, StoredRun] = {}
         if not is_new:

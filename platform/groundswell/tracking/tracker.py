@@ -38,6 +38,8 @@ class Leftover:
         return bool(self.runs or self.outputs)
 
     def __str__(self) -> str:
+        if not self:
+            return "MLflow has everything"
         parts = [f"{self.runs} run(s), {self.lines} line(s)"] if self.runs else []
         parts += [f"{self.outputs} table(s) and figure(s)"] if self.outputs else []
         reason = f" ({self.error})" if self.error else ""

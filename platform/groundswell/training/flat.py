@@ -127,14 +127,14 @@ class PackedAdamW:
         """torch's fused kernel on each row: two calls a run (decayed part, rest)."""
         p, split = self.parameters, self.parameters.num_decayed
         count = torch.tensor(float(self.step_count + 1))
-        buffers = (p.flat, p.grad, self.exp_avg, self.exp_avg_sq)
         for index, s in enumerate(self.settings):
             lr = s.lr * min(1.0, self.step_count / s.warmup_steps) if s.warmup_steps else s.lr
             for part, weight_decay in ((slice(0, split), s.weight_decay), (slice(split, None), 0.0)):
-                lists = [[buffer[index, part]] for buffer in buffers]
                 torch._fused_adamw_(
-                    *lists, [], [count], lr=lr, beta1=s.beta1, beta2=s.beta2,
-                    weight_decay=weight_decay, eps=s.eps, amsgrad=False, maximize=False,
+                    [p.flat[index, part]], [p.grad[index, part]],
+                    [self.exp_avg[index, part]], [self.exp_avg_sq[index, part]], [], [count],
+                    lr=lr, beta1=s.beta1, beta2=s.beta2, weight_decay=weight_decay, eps=s.eps,
+                    amsgrad=False, maximize=False,
                 )  # fmt: skip
 
     def _step_flat(self) -> None:

@@ -100,7 +100,10 @@ class Pack:
             start += len(dataset.train)
         train = [dataset.train for dataset in unique.values()]
         self.data = Split(
-            *(torch.cat([getattr(s, name) for s in train]).to(self.device) for name in ("tokens", "positions", "targets"))
+            *(
+                torch.cat([getattr(s, name) for s in train]).to(self.device)
+                for name in ("tokens", "positions", "targets")
+            )
         )
         self.offsets = torch.tensor([offsets[id(m.dataset)] for m in self.members])
         self.answer_column = self.members[0].dataset.answer_column
@@ -125,7 +128,10 @@ class Pack:
         """One update on data rows [K, B]. Returns the metrics [K]."""
         shape, flat_rows = rows.shape, rows.reshape(-1)
         batch = Split(
-            *(x.index_select(0, flat_rows).view(*shape, -1) for x in (self.data.tokens, self.data.positions, self.data.targets))
+            *(
+                x.index_select(0, flat_rows).view(*shape, -1)
+                for x in (self.data.tokens, self.data.positions, self.data.targets)
+            )
         )
         self.parameters.grad.zero_()
         loss, metrics = self._loss(self.parameters.views, batch)
@@ -262,5 +268,8 @@ class EvaluationData:
             self.pieces[name] = slice(start, start + len(part))
             start += len(part)
         self.split = Split(
-            *(torch.cat([getattr(p, name) for p in parts.values()]).to(device) for name in ("tokens", "positions", "targets"))
+            *(
+                torch.cat([getattr(p, name) for p in parts.values()]).to(device)
+                for name in ("tokens", "positions", "targets")
+            )
         )

@@ -50,7 +50,9 @@ class PackTrainer:
         self._resume()
         now = _now_ms()
         for run in self.runs:
-            run.folder.update_status(state="running", step=self.pack.step_count, started_ms=run.folder.status().started_ms or now)
+            run.folder.update_status(
+                state="running", step=self.pack.step_count, started_ms=run.folder.status().started_ms or now
+            )
         self._last_checkpoint = self._last_reading = time.monotonic()
         self._last_step = self.pack.step_count
 
@@ -67,7 +69,9 @@ class PackTrainer:
         for row, run in enumerate(self.runs):
             run.folder.truncate_journal(step if common else -1)
             if common:
-                self.pack.load_member_state(row, *checkpoint.load_training(run.folder.checkpoints, step, run.experiment))
+                self.pack.load_member_state(
+                    row, *checkpoint.load_training(run.folder.checkpoints, step, run.experiment)
+                )
                 run.saved_step = step
             run.history = [
                 (line["step"], {k: v for k, v in line["metrics"].items() if k.startswith("eval/")})
@@ -89,7 +93,8 @@ class PackTrainer:
 
         Returns one report a run: {"run_id", "step", "state", "steps_per_s", metrics...}.
         """
-        start, reports = time.monotonic(), {}
+        start = time.monotonic()
+        reports: dict[str, dict[str, Any]] = {}
         while self.runs:
             evaluated = self._advance_once(reports)
             if (every_evaluation and evaluated) or time.monotonic() - start >= min_seconds:
@@ -126,7 +131,11 @@ class PackTrainer:
     def _next_event(self, step: int) -> int:
         e = self.runs[0].experiment
         for candidate in range(step + 1, self.total):
-            if candidate % e.metrics_every == 0 or e.evaluation.schedule.due(candidate) or e.checkpointing.schedule.due(candidate):
+            if (
+                candidate % e.metrics_every == 0
+                or e.evaluation.schedule.due(candidate)
+                or e.checkpointing.schedule.due(candidate)
+            ):
                 return candidate
         return self.total
 

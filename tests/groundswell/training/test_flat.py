@@ -48,7 +48,9 @@ def test_equals_torch_adamw_and_clip_run_by_run(on_cpu):
     optimizer = PackedAdamW(parameters, SETTINGS)
     if not on_cpu:
         optimizer = _as_on_gpu(parameters)
-    expected = [{name: view.detach()[k].clone().requires_grad_() for name, view in parameters.views.items()} for k in range(3)]
+    expected = [
+        {name: view.detach()[k].clone().requires_grad_() for name, view in parameters.views.items()} for k in range(3)
+    ]
     for k, settings in enumerate(SETTINGS):
         tensors = expected[k]
         torch_optimizer = torch.optim.AdamW(
@@ -78,7 +80,9 @@ def test_equals_torch_adamw_and_clip_run_by_run(on_cpu):
         optimizer.step()
     for k in range(3):
         for name, view in parameters.views.items():
-            torch.testing.assert_close(view.detach()[k], expected[k][name], rtol=1e-6, atol=1e-7 if not on_cpu else 1e-12)
+            torch.testing.assert_close(
+                view.detach()[k], expected[k][name], rtol=1e-6, atol=1e-7 if not on_cpu else 1e-12
+            )
 
 
 def _as_on_gpu(parameters):

@@ -9,7 +9,11 @@ from groundswell.training.pack import Member, Pack
 CPU = torch.device("cpu")
 VARIANTS = [
     {"seed": 0},
-    {"seed": 1, "task.seed": 1, "optimizer": AdamW(lr=1e-3, weight_decay=1.0, beta1=0.8, beta2=0.95, warmup_steps=9, clip_norm=0.3)},
+    {
+        "seed": 1,
+        "task.seed": 1,
+        "optimizer": AdamW(lr=1e-3, weight_decay=1.0, beta1=0.8, beta2=0.95, warmup_steps=9, clip_norm=0.3),
+    },
     {"seed": 2, "task.seed": 2, "model.init_scale": 1.0, "optimizer.clip_norm": 0.0},
     {"seed": 3, "optimizer.lr": 1e-2},
 ]
@@ -40,7 +44,12 @@ def test_packed_equals_alone(tiny, precision, tolerance, dropout):
 
 def test_pack_key_separates_shapes_only(tiny):
     assert len({tiny.with_overrides(variant).pack_key() for variant in VARIANTS}) == 1
-    for change in ({"model.width": 32}, {"task.modulus": 11}, {"budget.batch_size": 16}, {"evaluation.max_examples": 9}):
+    for change in (
+        {"model.width": 32},
+        {"task.modulus": 11},
+        {"budget.batch_size": 16},
+        {"evaluation.max_examples": 9},
+    ):
         assert tiny.with_overrides(change).pack_key() != tiny.pack_key()
 
 
@@ -56,7 +65,11 @@ def test_survivors_go_on_unchanged_when_the_pack_shrinks(tiny):
 
 
 def test_a_member_that_diverges_leaves_its_siblings_alone(tiny):
-    experiments = [tiny, tiny.with_overrides({"seed": 1, "optimizer.lr": 1e18, "optimizer.clip_norm": 0.0}), tiny.with_overrides({"seed": 2})]
+    experiments = [
+        tiny,
+        tiny.with_overrides({"seed": 1, "optimizer.lr": 1e18, "optimizer.clip_norm": 0.0}),
+        tiny.with_overrides({"seed": 2}),
+    ]
     sick, healthy = make(experiments), make([experiments[0], experiments[0], experiments[2]])
     sick.train(30)
     healthy.train(30)
@@ -69,7 +82,10 @@ def test_state_round_trip_is_bit_exact(tiny):
     through = make(experiments)
     through.train(12)
     saved = [(through.parameters.row(k), through.member_state(k)) for k in range(4)]
-    saved = [({n: t.clone() for n, t in weights.items()}, {n: t.clone() for n, t in state.items()}) for weights, state in saved]
+    saved = [
+        ({n: t.clone() for n, t in weights.items()}, {n: t.clone() for n, t in state.items()})
+        for weights, state in saved
+    ]
     through.train(12)
     resumed = make([e.with_overrides({}) for e in experiments])
     resumed.train(3)  # anything but a fresh state

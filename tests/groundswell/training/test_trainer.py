@@ -29,7 +29,10 @@ def final_weights(folder):
 
 def curves(folder):
     """The journal without what depends on the clock."""
-    return [(line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")}) for line in folder.journal()]
+    return [
+        (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")})
+        for line in folder.journal()
+    ]
 
 
 def assert_equal_runs(one, other):
@@ -52,7 +55,11 @@ def test_a_whole_run(tiny, make_run):
     assert folder.checkpoint_steps() == [20, 40, 60]
     first, last = folder.journal()[1]["metrics"]["train/loss"], folder.journal()[-1]["metrics"]["train/loss"]
     assert last < first
-    with_state = [step for step in folder.checkpoint_steps() if (folder.checkpoint_folder(step) / checkpoint.TRAINING_STATE).exists()]
+    with_state = [
+        step
+        for step in folder.checkpoint_steps()
+        if (folder.checkpoint_folder(step) / checkpoint.TRAINING_STATE).exists()
+    ]
     assert with_state == [40, 60]  # older ones keep their weights only
 
 
@@ -133,7 +140,9 @@ def test_early_stop_of_one_member(tiny, make_run):
     train(quick, slow)
     assert quick.status().state == "stopped"
     assert "eval/train/accuracy reached 0.9 in 2 evaluations" in quick.status().reason
-    last_two = [line["metrics"]["eval/train/accuracy"] for line in quick.journal() if "eval/train/accuracy" in line["metrics"]][-2:]
+    last_two = [
+        line["metrics"]["eval/train/accuracy"] for line in quick.journal() if "eval/train/accuracy" in line["metrics"]
+    ][-2:]
     assert min(last_two) >= 0.9
     assert quick.checkpoint_step() == quick.status().step < 400
     assert (slow.status().state, slow.status().step) == ("finished", 400)
