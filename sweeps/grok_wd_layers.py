@@ -40,10 +40,8 @@ GRIDS: dict[str, Any] = {  # what it is for, layers, weight decays, seeds, and w
         "scaling": Scaling(device="cuda", precision="tf32", cuda_graph=True),
     }),
     "paper": ("2,000 entities, 8 layers, width 768, 1.5 M steps", (4, 8), (0.03, 0.1, 0.3), (0, 1, 2), {
-        "task": Composition(phi=7.2),
-        "model": Decoder(num_layers=8, num_heads=12, width=768, dropout=0.1),
-        "optimizer": AdamW(lr=1e-4, weight_decay=0.1, warmup_steps=2_000),
-        "budget": Budget(steps=1_500_000, batch_size=512),
+        "task": Composition(phi=7.2), "model": Decoder(num_layers=8, num_heads=12, width=768, dropout=0.1),
+        "optimizer": AdamW(lr=1e-4, weight_decay=0.1, warmup_steps=2_000), "budget": Budget(steps=1_500_000, batch_size=512),
         "checkpointing": Checkpointing(schedule=DenseThenSparse()),
     }),
 }  # fmt: skip

@@ -102,12 +102,12 @@ def print_table(report: Report, console: Console) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "-" if pd.isna(value) else f"{value:.4g}"
-    return f"{value!s}"
+    return str(value)
 
 
 def print_troubles(results: Results, console: Console) -> None:
     """Runs that failed or diverged, one line each."""
     for state, style in (("failed", "red"), ("diverged", "yellow")):
-        for row in results.runs[results.runs["state"] == state].itertuples():
-            told = escape(f"{row.name} ({row.run_id}): {row.error or row.reason}")
+        for row in results.runs[results.runs["state"] == state].to_dict("records"):
+            told = escape(f"{row['name']} ({row['run_id']}): {row['error'] or row['reason']}")
             console.print(f"[{style}]{state}[/] {told}", soft_wrap=True, highlight=False)
