@@ -41,7 +41,7 @@ GRIDS: dict[str, Any] = {  # what it is for, layers, weight decays, seeds, and w
     }),
     "paper": ("2,000 entities, 8 layers, width 768, 1.5 M steps", (4, 8), (0.03, 0.1, 0.3), (0, 1, 2), {
         "task": Composition(phi=7.2), "model": Decoder(num_layers=8, num_heads=12, width=768, dropout=0.1),
-        "optimizer": AdamW(lr=1e-4, weight_decay=0.1, warmup_steps=2_000), "budget": Budget(steps=1_500_000, batch_size=512),
+        "optimizer": AdamW(lr=1e-4, weight_decay=0.1, warmup_steps=2_000), "budget": Budget(steps=1_500_000),
         "checkpointing": Checkpointing(schedule=DenseThenSparse()),
     }),
 }  # fmt: skip

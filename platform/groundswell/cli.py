@@ -21,7 +21,10 @@ PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 @dataclasses.dataclass
 class Options:
-    """Any field of the experiment can be set too: --optimizer.lr 3e-4 (listed below with this preset's values)."""
+    """Any field of the experiment can be set too: --optimizer.lr 3e-4 (listed below with this preset's values).
+
+    A part is replaced by naming its class: --task.class tasks.folder.Folder --task.path DIR.
+    """
 
     preset: str = "demo"
     """size of the sweep"""
@@ -114,7 +117,10 @@ def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, 
         if path in sweep.axes:
             raise ConfigError(f"{path} is an axis of this sweep; set its values with --axis {path}=V1,V2")
     base = sweep.base.with_overrides(dict(fields))
-    axes = dict(sweep.axes)
+    axes = {  # a part that was replaced need not have all that the axis used to set
+        path: axis.model_copy(update={"also": tuple(other for other in axis.also if base.has(other))})
+        for path, axis in sweep.axes.items()
+    }
     for text in options.axis:
         path, equals, values = text.partition("=")
         path = path.replace("-", "_")

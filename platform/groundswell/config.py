@@ -73,17 +73,19 @@ class Config(BaseModel):
     def with_overrides(self, overrides: dict[str, Any]) -> Self:
         """A copy with dotted paths replaced, validated as a whole.
 
-        Text values are read as JSON where that is possible ("3e-4", "true", "[1,2]"), else kept as text.
+        Text values are read as JSON where that is possible ("3e-4", "true", "[1,2]"), else kept as text. "task.class"
+        puts another component in place of the task: its own defaults, and what other overrides say of it.
         Raises ConfigError for a path that the schema does not have or a value that it does not take.
         """
         values = self.to_dict()
+        parts = {path.removesuffix(f".{CLASS_KEY}") for path in overrides if path.endswith(f".{CLASS_KEY}")}
+        for part in parts:
+            _check_path(self, part)
+            _place(values, part, {CLASS_KEY: overrides[f"{part}.{CLASS_KEY}"]})
         for path, value in overrides.items():
-            _check_path(self, path)
-            node = values
-            *parents, last = path.split(".")
-            for part in parents:
-                node = node[part]
-            node[last] = value.to_dict() if isinstance(value, Config) else parse_value(value)
+            if not any(path.startswith(f"{part}.") for part in parts):  # else: the new class checks its fields
+                _check_path(self, path)
+            _place(values, path, value.to_dict() if isinstance(value, Config) else parse_value(value))
         return type(self).from_dict(values)
 
     def get(self, path: str) -> Any:
@@ -93,6 +95,14 @@ class Config(BaseModel):
         for part in path.split("."):
             value = getattr(value, part)
         return value
+
+    def has(self, path: str) -> bool:
+        """Is there a field at this dotted path?"""
+        try:
+            _check_path(self, path)
+        except ConfigError:
+            return False
+        return True
 
     def flatten(self) -> dict[str, Any]:
         """Dotted path -> leaf value (lists are leaves)."""
@@ -163,6 +173,13 @@ def suggest(name: str, known: list[str]) -> str:
     """A hint for a misspelt name: the nearest known one, else all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _place(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        values = values[parent]
+    values[last] = value
 
 
 def _check_path(config: Config, path: str) -> None:

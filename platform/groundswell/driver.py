@@ -81,7 +81,7 @@ class Driver:
         self.sweep, self.options, self.folder, self.console = sweep, options, folder, console
         self.interrupted = threading.Event()
         self.planned: dict[str, PlannedRun] = {}  # everything this sweep has asked for so far
-        self.trial_runs: dict[str, list[str]] = {}  # a Tune trial's runs
+        self._prepared: set[str] = set()
         atomic_write(folder.path / "sweep.json", json.dumps(sweep.describe(), indent=2) + "\n")
 
     def run(self) -> int:
@@ -118,7 +118,8 @@ class Driver:
 
     def _all_final(self) -> bool:
         runs = listed_runs(self.sweep, self.options)
-        done = all(self.folder.has_run(run.run_id) and self.folder.run(run.run_id).status().is_final for run in runs)
+        states = [self.folder.run(run.run_id).status() for run in runs if self.folder.has_run(run.run_id)]
+        done = len(states) == len(runs) and all(s.is_final and s.state != "failed" for s in states)
         if done:
             self.planned = {run.run_id: run for run in runs}
         return done
@@ -198,12 +199,15 @@ class Driver:
         )
 
     def _prepare(self, pack: list[PlannedRun]) -> dict[str, Any] | None:
-        """Make the folders; leave out what is finished."""
+        """Make the folders; leave out what is finished. What failed in an earlier session is tried again."""
         waiting: list[PlannedRun] = []
         pack_id = pack[0].run_id[:8]
         for run in pack:
             self.planned[run.run_id] = run
-            folder = self.folder.create_run(run, pack_id, number=len(self.planned) - 1)
+            folder = self.folder.create_run(run, pack_id, number=list(self.planned).index(run.run_id))
+            if folder.status().state == "failed" and run.run_id not in self._prepared:
+                folder.update_status(state="waiting")
+            self._prepared.add(run.run_id)
             if folder.status().is_final:
                 self.progress.skip(folder.status().state, cost([run]))
                 self.source.complete(run.run_id, self._outcome(folder))
@@ -232,8 +236,7 @@ class Driver:
         for run_id in run_ids:
             folder = self.folder.run(run_id)
             if not folder.status().is_final:
-                folder.fail(error, error)
-                self.on_members([{"run_id": run_id, "state": "failed"}])
+                self.on_members([folder.fail(error)])
 
     def _outcome(self, folder: RunFolder) -> dict[str, Any]:
         values = [

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -115,11 +116,14 @@ class RunFolder:
         atomic_write(self.path / "status.json", json.dumps(asdict(status)) + "\n")
         return status
 
-    def fail(self, error: str, traceback: str) -> None:
-        """Mark the run failed, in one line, with the whole story in error.txt."""
-        atomic_write(self.path / "error.txt", traceback.rstrip("\n") + "\n")
-        line = " ".join(error.split())
+    def fail(self, error: Exception | str) -> dict[str, Any]:
+        """Mark the run failed, in one line, with the whole story in error.txt. Returns the report of it."""
+        whole = error if isinstance(error, str) else "".join(traceback.format_exception(error))
+        atomic_write(self.path / "error.txt", whole.rstrip("\n") + "\n")
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        line = " ".join(text.splitlines()[0].split())
         self.update_status(state="failed", error=line, ended_ms=time.time_ns() // 1_000_000)
+        return {"run_id": self.run_id, "state": "failed", "error": line}
 
     def request_prune(self, reason: str) -> None:
         """A scheduler's decision, on disk so that it outlives a crash."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,7 +35,10 @@ def make_scheduler(name: SchedulerName, metric: str, mode: str, total_steps: int
             reduction_factor=REDUCTION_FACTOR, stop_last_trials=False,
         )  # fmt: skip
     if name == "median":
-        return MedianStoppingRule(time_attr="step", metric=metric, mode=mode, grace_period=grace)
+        return MedianStoppingRule(
+            time_attr="step", metric=metric, mode=mode, grace_period=grace,
+            min_time_slice=math.inf,  # type: ignore[arg-type]  # never pause a run for want of rivals
+        )  # fmt: skip
     return None
 
 
@@ -50,7 +54,8 @@ class MemberScheduler(Unsaved, FIFOScheduler):
         self.inner = inner
         self.sweep = sweep
         self._proxies: dict[str, MemberProxy] = {}
-        self._judged: dict[str, int] = {}
+        self._judged: dict[str, int] = {}  # run id -> step
+        self._stopped: set[str] = set()
 
     def recall(self, folders: Iterable[RunFolder]) -> None:
         lines = [(line["time_ms"], folder.run_id, line) for folder in folders for line in folder.journal()]
@@ -66,8 +71,12 @@ class MemberScheduler(Unsaved, FIFOScheduler):
         if step <= self._judged.get(run_id, 0):  # a retried actor reports some steps twice
             return False
         self._judged[run_id] = step
+        if run_id in self._stopped:  # schedulers do not expect to hear of it again
+            return True
         action = self.inner.on_trial_result(controller, self._proxies[run_id], dict(result))  # type: ignore[arg-type]
-        return action == TrialScheduler.STOP
+        if action == TrialScheduler.STOP:
+            self._stopped.add(run_id)
+        return run_id in self._stopped
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         for member in result.get("members", ()):

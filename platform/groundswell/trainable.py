@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ray import tune
 
 from groundswell.rundir import SweepFolder
 
+log = logging.getLogger(__name__)
 REPORT_SECONDS = 2.0  # progress at most this often, when nobody waits for each evaluation
 LOCK_SECONDS = 60.0  # a dying predecessor may hold its runs for a moment
 
@@ -62,12 +62,8 @@ class PackTrainable(tune.Trainable):
     def _record_failure(self, error: Exception) -> None:
         """Every unfinished run of the pack is marked failed, with the traceback beside it."""
         self.trainer = None
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        logging.getLogger(__name__).error("pack failed\n%s", traceback.format_exc())
-        for folder in self.folders:
-            if not folder.status().is_final:
-                folder.fail(text, traceback.format_exc())
-                self.failure.append({"run_id": folder.run_id, "state": "failed", "error": text})
+        log.exception("pack failed")
+        self.failure += [folder.fail(error) for folder in self.folders if not folder.status().is_final]
 
     def _leave(self) -> None:
         if self.trainer is not None:

@@ -90,3 +90,18 @@ def test_flatten_names_every_leaf():
     assert flat["engine.cylinders"] == 4
     assert flat["engine.class"] == f"{__name__}.Diesel"
     assert json.dumps(flat)
+
+
+def test_a_class_override_replaces_the_part(tiny):
+    other = tiny.with_overrides({"task.num_entities": 20, "task.class": "tasks.comparison.Comparison"})
+    assert type(other.task).__name__ == "Comparison"
+    assert other.task.num_entities == 20
+    assert other.model == tiny.model
+    with pytest.raises(ConfigError, match="task.modulus: no such field"):
+        tiny.with_overrides({"task.class": "tasks.comparison.Comparison", "task.modulus": 5})
+    with pytest.raises(ConfigError, match=r"task: no class at import path 'tasks.nothing.Here'"):
+        tiny.with_overrides({"task.class": "tasks.nothing.Here"})
+    with pytest.raises(ConfigError, match="is not a Task"):
+        tiny.with_overrides({"task.class": "models.decoder.Decoder"})
+    with pytest.raises(ConfigError, match="has no field 'tsk'"):
+        tiny.with_overrides({"tsk.class": "models.decoder.Decoder"})

@@ -32,10 +32,11 @@ def test_describing_again_keeps_what_was_trained(run):
 
 def test_status_keeps_what_is_not_changed_and_clears_an_old_ending(run):
     run.update_status(state="running", started_ms=5)
-    run.fail("boom\nand more", "Traceback ...\nboom")
+    report = run.fail("boom\nand more")
     status = run.status()
-    assert (status.state, status.error, status.started_ms, status.is_final) == ("failed", "boom and more", 5, True)
-    assert (run.path / "error.txt").read_text() == "Traceback ...\nboom\n"
+    assert (status.state, status.error, status.started_ms, status.is_final) == ("failed", "boom", 5, True)
+    assert (run.path / "error.txt").read_text() == "boom\nand more\n"
+    assert report == {"run_id": run.run_id, "state": "failed", "error": "boom"}
     again = run.update_status(state="running")
     assert (again.error, again.ended_ms, again.started_ms) == (None, None, 5)
     with pytest.raises(ValueError, match="no such state 'done'"):

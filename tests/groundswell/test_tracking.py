@@ -153,7 +153,7 @@ def test_endings(sweep, state, mlflow_status):
     folder = make_run(sweep, 0)
     train(folder, 0, 100)
     if state == "failed":
-        folder.fail("RuntimeError: boom", "Traceback\nRuntimeError: boom")
+        folder.fail("RuntimeError: boom\nand the story")
     else:
         end(folder, state, 100, reason="because")
     track(sweep)

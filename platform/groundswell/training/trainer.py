@@ -40,13 +40,16 @@ class PackTrainer:
         self.runs = [Run(folder, folder.experiment()) for folder in folders if not folder.status().is_final]
         self.checkpoint_seconds = checkpoint_seconds
         self.pack: Pack | None = None
+        self._failed: list[dict[str, Any]] = []  # reports of runs that could not start
         if not self.runs:
             return
         first = self.runs[0].experiment
         torch.set_num_threads(first.scaling.num_threads)
         self.total = first.budget.steps
-        device = resolve_device(first.scaling)
-        self.pack = Pack([Member.create(run.experiment, device) for run in self.runs])
+        members = self._create_members(resolve_device(first.scaling))
+        if not members:
+            return
+        self.pack = Pack(members)
         self._resume()
         now = _now_ms()
         for run in self.runs:
@@ -55,6 +58,19 @@ class PackTrainer:
             )
         self._last_checkpoint = self._last_reading = time.monotonic()
         self._last_step = self.pack.step_count
+
+    def _create_members(self, device: torch.device) -> list[Member]:
+        """A run whose data cannot be made fails alone; the others of its pack go on."""
+        members, able = [], []
+        for run in self.runs:
+            try:
+                members.append(Member.create(run.experiment, device))
+                able.append(run)
+            except Exception as error:
+                log.exception("run %s cannot start", run.folder.run_id)
+                self._failed.append(run.folder.fail(error))
+        self.runs = able
+        return members
 
     # ---- resume ----
 
@@ -91,10 +107,11 @@ class PackTrainer:
     def advance(self, min_seconds: float = 0.0, every_evaluation: bool = False) -> list[dict[str, Any]]:
         """Train on until something is worth reporting: all done, `min_seconds` over, or (asked for) an evaluation.
 
-        Returns one report a run: {"run_id", "step", "state", "steps_per_s", metrics...}.
+        Returns one report a run: {"run_id", "step", "state", metrics...}.
         """
         start = time.monotonic()
-        reports: dict[str, dict[str, Any]] = {}
+        reports = {report["run_id"]: report for report in self._failed}
+        self._failed = []
         while self.runs:
             evaluated = self._advance_once(reports)
             if (every_evaluation and evaluated) or time.monotonic() - start >= min_seconds:

@@ -3,6 +3,10 @@
 import json
 import logging
 import math
+import multiprocessing
+import os
+import signal
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from safetensors.torch import load_file
 from groundswell import NeverReached, Reached
 from groundswell.training import checkpoint
 from groundswell.training.trainer import PackTrainer
+from tasks.modular_arithmetic import ModularArithmetic
 
 
 def train(*folders, stop_after=None):
@@ -112,23 +117,31 @@ def test_any_damaged_file_is_noticed(tiny, make_run, victim):
     assert checkpoint.resumable_steps(folder.checkpoints, tiny) == [20]
 
 
-def test_killed_during_a_checkpoint_write_uses_the_previous_one(tiny, make_run, monkeypatch):
-    """The process dies inside save_folder of step 40: nothing under that name, and step 20 is whole."""
+def test_killed_during_a_checkpoint_write_uses_the_previous_one(tiny, make_run):
+    """A process that is killed (-9) with half of step 40's training state written: step 20 is still whole."""
     whole, killed = make_run(tiny, "whole"), make_run(tiny, "killed")
     train(whole)
-    original = type(tiny.model).save_folder
 
-    def dies(self, parameters, folder, vocabulary):
-        original(self, parameters, folder, vocabulary)
-        if killed.checkpoint_steps() == [20] and folder.parent == killed.checkpoints:
-            raise KeyboardInterrupt
+    def train_and_die():
+        save_file = checkpoint.save_file
 
-    monkeypatch.setattr(type(tiny.model), "save_folder", dies)
-    with pytest.raises(KeyboardInterrupt):
+        def dies(tensors, path):
+            save_file(tensors, path)
+            if "step-00000040" in str(path):
+                os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.save_file = dies
         train(killed)
-    monkeypatch.undo()
+
+    process = multiprocessing.get_context("fork").Process(target=train_and_die)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert killed.checkpoint_steps() == [20]
+    (left,) = killed.checkpoints.glob(".step-00000040.tmp-*")
     train(killed)
+    assert not left.exists()
     assert_equal_runs(whole, killed)
 
 
@@ -203,3 +216,36 @@ def test_keep_last(tiny, make_run):
     folder = make_run(tiny.with_overrides({"checkpointing.keep": "last"}))
     train(folder)
     assert folder.checkpoint_steps() == [40, 60]
+
+
+class NoDataForSeedOne(ModularArithmetic):
+    packable: ClassVar[frozenset[str]] = frozenset({"seed"})
+
+    def build(self):
+        if self.seed == 1:
+            raise RuntimeError("no data\n(for this seed)")
+        return super().build()
+
+
+def test_a_run_that_cannot_start_fails_alone(tiny, make_run):
+    broken = tiny.with_overrides({"task": NoDataForSeedOne(modulus=13, train_fraction=0.6)})
+    folders = [make_run(broken, "pack", **{"task.seed": seed}) for seed in (0, 1, 2)]
+    trainer = PackTrainer(folders)
+    first = {report["run_id"]: report["state"] for report in trainer.advance()}
+    assert first == {folders[0].run_id: "running", folders[1].run_id: "failed", folders[2].run_id: "running"}
+    while not trainer.finished:
+        trainer.advance()
+    assert [folder.status().state for folder in folders] == ["finished", "failed", "finished"]
+    assert folders[1].status().error == "RuntimeError: no data"
+    assert "(for this seed)" in (folders[1].path / "error.txt").read_text()
+    assert "Traceback" in (folders[1].path / "error.txt").read_text()
+    alone = make_run(broken, "alone", **{"task.seed": 2})
+    train(alone)
+    assert_equal_runs(folders[2], alone)
+
+
+def test_a_pack_in_which_no_run_can_start(tiny, make_run):
+    broken = tiny.with_overrides({"task": NoDataForSeedOne(modulus=13, train_fraction=0.6), "task.seed": 1})
+    trainer = PackTrainer([make_run(broken)])
+    assert trainer.finished
+    assert [report["state"] for report in trainer.advance()] == ["failed"]
