@@ -1,0 +1,92 @@
+"""What a user may get wrong on the command line of the real sweep file: one clear line, exit code 2, nothing made."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run sweeps/grok_wd_layers.py as a user does, in an empty folder."""
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "sweeps" / "grok_wd_layers.py"), *arguments],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def assert_one_line(result, message):
+    assert (result.returncode, result.stdout) == (2, ""), result
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--optimizer.weight-decey", "0.1"),
+            "optimizer.weight_decey: 'optimizer' has no field 'weight_decey'; did you",
+        ),
+        (("--axis", "model.num_layers=2,-1"), "model.num_layers: Input should be greater than 0, got -1"),
+        (("--task.phi", "1000"), "task.phi"),
+        (("--model.num-heads", "5"), "model.num_heads: 5 does not divide width 64"),
+    ],
+)
+def test_impossible_experiment(command, tmp_path, arguments, message):
+    assert_one_line(command(*arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_data_folder(command, tmp_path):
+    folder_task = ("--task.class", "tasks.folder.Folder")
+    assert_one_line(command(*folder_task), "task.path: is required")
+    result = command(*folder_task, "--task.path", "nowhere")
+    assert_one_line(result, "nowhere/vocab.json: No such file or directory; task.path must be a folder with train.json")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(command(*folder_task, "--task.path", "empty"), "task.path must be a folder with train.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_unwritable_output(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line(command("--output", "file/results"), "output: cannot write to 'file/results'")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_cluster_at_the_address(command, tmp_path):
+    """Nobody listens there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    start = time.monotonic()
+    result = command("--preset", "smoke", "--address", address)
+    assert time.monotonic() - start < 40
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"error: no Ray cluster answers at {address}" in result.stderr
+
+
+@pytest.mark.slow
+def test_something_else_at_the_address(command):
+    """Somebody listens, but it is no Ray."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        start = time.monotonic()
+        result = command("--preset", "smoke", "--address", address)
+        assert time.monotonic() - start < 90
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"error: no Ray cluster answers at {address}" in result.stderr
