@@ -30,6 +30,7 @@ from groundswell.sweep import PlannedRun, Sweep, cost, make_packs, unique_runs
 from groundswell.tracking import Tracker
 
 WORKER_RETRIES = 3  # times a pack whose process died is started again from its checkpoint
+TRACKING_DELAY_SECONDS = 15.0  # workers start sooner when the driver does not import MLflow at the same time
 DRAIN_SECONDS = 60.0  # how long the end waits for a slow tracking store
 
 
@@ -86,7 +87,7 @@ class Driver:
 
     def run(self) -> int:
         tracker = Tracker(self.folder, experiment_name=self.sweep.name)
-        tracker.start()
+        tracker.start(TRACKING_DELAY_SECONDS)
         try:
             self._train()
             if self.interrupted.is_set():
@@ -113,8 +114,17 @@ class Driver:
             soft_wrap=True,
             highlight=False,
         )
-        with _interruptible(self), cluster.connect(self.options.address, self.options.num_cpus) as resources:
-            self._tune(resources)
+        if self.options.search == "optuna":
+            replicates = self.sweep.replicates()
+            total_runs = self.options.num_samples * len(replicates)
+            total_work = cost(self._one_setting()) / len(replicates) * total_runs
+        else:
+            self.planned = {run.run_id: run for run in listed_runs(self.sweep, self.options)}
+            total_runs, total_work = len(self.planned), cost(list(self.planned.values()))
+        self.progress = Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode)
+        with _interruptible(self), self.progress:
+            with cluster.connect(self.options.address, self.options.num_cpus) as resources:
+                self._tune(resources)
 
     def _all_final(self) -> bool:
         runs = listed_runs(self.sweep, self.options)
@@ -139,10 +149,6 @@ class Driver:
             raise ConfigError("scaling.device: the cluster has no GPU; use cpu or auto")
         self.workers = resources.workers(scaling.num_threads, on_gpu)
         self.source = self._make_source(on_gpu)
-        total_runs = self.source.total_runs
-        total_work = (
-            cost(list(self.planned.values())) or cost(self._one_setting()) / len(self.sweep.replicates()) * total_runs
-        )
         inner = make_scheduler(self.options.scheduler, self.sweep.metric, self.sweep.mode, self.sweep.base.budget.steps)
         scheduler = MemberScheduler(inner, self.folder) if inner else None
         if scheduler:
@@ -150,26 +156,25 @@ class Driver:
         per_trial: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": scaling.num_threads}
         tune_folder = self.folder.path / ".tune"
         shutil.rmtree(tune_folder, ignore_errors=True)
-        with Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode) as self.progress:
-            tuner = tune.Tuner(
-                tune.with_resources(PackTrainable, per_trial),
-                tune_config=tune.TuneConfig(
-                    search_alg=PackSearcher(self.source, self._prepare),
-                    scheduler=scheduler,
-                    num_samples=-1,
-                    max_concurrent_trials=self.workers,
-                    reuse_actors=True,
-                ),
-                run_config=tune.RunConfig(
-                    name=".tune",
-                    storage_path=str(self.folder.path.resolve()),
-                    verbose=0,
-                    stop=InterruptStopper(self.interrupted),
-                    callbacks=[RunEnds(self)],
-                    failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
-                ),
-            )
-            tuner.fit()
+        tuner = tune.Tuner(
+            tune.with_resources(PackTrainable, per_trial),
+            tune_config=tune.TuneConfig(
+                search_alg=PackSearcher(self.source, self._prepare),
+                scheduler=scheduler,
+                num_samples=-1,
+                max_concurrent_trials=self.workers,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=".tune",
+                storage_path=str(self.folder.path.resolve()),
+                verbose=0,
+                stop=InterruptStopper(self.interrupted),
+                callbacks=[RunEnds(self)],
+                failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+            ),
+        )
+        tuner.fit()
         shutil.rmtree(tune_folder, ignore_errors=True)
 
     def _one_setting(self) -> list[PlannedRun]:
@@ -183,9 +188,7 @@ class Driver:
 
         pack = self.options.pack
         if self.options.search != "optuna":
-            runs = listed_runs(self.sweep, self.options)
-            self.planned = {run.run_id: run for run in runs}
-            return ListedPacks(make_packs(runs, self.workers, on_gpu, pack))
+            return ListedPacks(make_packs(list(self.planned.values()), self.workers, on_gpu, pack))
         total = self.options.num_samples * len(self.sweep.replicates())
         size = pack_size(self.sweep.base, total, self.workers, on_gpu, pack)
         return OptunaPacks(

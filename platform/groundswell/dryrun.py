@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console
@@ -70,14 +71,7 @@ def _all_runs(sweep: Sweep, options: SweepOptions) -> list[PlannedRun]:
 
 def _num_parameters(run: PlannedRun) -> int:
     task = run.experiment.task
-    return sum(_numel(spec.shape) for spec in run.experiment.model.parameters(task.vocab_size, task.max_length))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+    return sum(math.prod(spec.shape) for spec in run.experiment.model.parameters(task.vocab_size, task.max_length))
 
 
 def _seconds_per_step(pack: list[PlannedRun], measured: dict[str, float]) -> float:

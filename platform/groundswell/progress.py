@@ -25,6 +25,7 @@ class Progress:
         self._saved_work = 0.0  # work that an earlier session or an early stop has taken off
         self._done_work = 0.0
         self._start = time.monotonic()
+        self._first_begin: float | None = None
         self._best: tuple[float, str] | None = None
         self._names: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -42,6 +43,7 @@ class Progress:
     def begin(self, run_id: str, name: str, step: int, total_steps: int, work: float) -> None:
         """A run starts (or goes on) at `step`; `work` is that of the whole run."""
         with self._lock:
+            self._first_begin = self._first_begin or time.monotonic()
             self._names[run_id] = name
             self._live_runs[run_id] = (step, total_steps, 0.0, work)
             self._saved_work += work * step / total_steps
@@ -71,9 +73,10 @@ class Progress:
 
     def line(self) -> str:
         with self._lock:
-            elapsed = time.monotonic() - self._start
+            now = time.monotonic()
             ended = sum(self.ended.values())
-            parts = [f"{ended}/{self.total_runs} runs done", f"{len(self._live_runs)} running"]
+            running = f"{len(self._live_runs)} running" if self._first_begin else "starting Ray"
+            parts = [f"{ended}/{self.total_runs} runs done", running]
             bad = ", ".join(
                 f"{n} {state}" for state, n in self.ended.items() if state in ("failed", "diverged", "pruned")
             )
@@ -84,9 +87,9 @@ class Progress:
             if self._best:
                 parts.append(f"best {self.metric.removeprefix('eval/')} {self._best[0]:.3f} ({self._best[1]})")
             left = self.total_work - self._saved_work - self._done_work
-            if self._done_work > 0 and elapsed > 2:
-                parts.append(f"{format_seconds(left / self._done_work * elapsed)} left")
-            parts.append(f"{format_seconds(elapsed)} so far")
+            if self._done_work > 0 and self._first_begin:
+                parts.append(f"{format_seconds(left / self._done_work * (now - self._first_begin))} left")
+            parts.append(f"{format_seconds(now - self._start)} so far")
             return " | ".join(parts)
 
     def _refresh(self) -> None:

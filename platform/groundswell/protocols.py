@@ -5,16 +5,18 @@ Shapes: K runs of a pack, N examples, B batch rows, T tokens, A answer positions
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from groundswell.config import Component
+
+if TYPE_CHECKING:  # slow to import, and commands that list runs do without
+    import torch
+    from torch import Tensor
 
 IGNORE = -100  # target that counts neither in a loss nor in an accuracy (torch's own convention)
 
@@ -80,7 +82,7 @@ class ParameterSpec:
     init_value: float = 0.0
 
 
-Parameters = Mapping[str, Tensor]  # name -> [K, *shape]
+Parameters = Mapping[str, "Tensor"]  # name -> [K, *shape]
 
 
 class Model(Component, ABC):
@@ -116,7 +118,7 @@ class Model(Component, ABC):
     def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
         """Matrix-multiply FLOPs of one forward pass of one example; a step costs three times that."""
         specs = self.parameters(vocab_size, length)
-        return 2.0 * length * sum(torch.Size(spec.shape).numel() for spec in specs if len(spec.shape) == 2)
+        return 2.0 * length * sum(math.prod(spec.shape) for spec in specs if len(spec.shape) == 2)
 
 
 class Objective(Component, ABC):

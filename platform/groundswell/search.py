@@ -30,24 +30,15 @@ class PackSource(ABC):
     def complete(self, run_id: str, outcome: Outcome) -> None:  # noqa: B027 (only a learning source listens)
         """A run has reached a final state."""
 
-    @property
-    @abstractmethod
-    def total_runs(self) -> int: ...
-
 
 class ListedPacks(PackSource):
     """Everything is known from the start."""
 
     def __init__(self, packs: Sequence[Sequence[PlannedRun]]) -> None:
         self._waiting = deque(list(pack) for pack in packs)
-        self._total = sum(len(pack) for pack in packs)
 
     def next_pack(self) -> list[PlannedRun] | None:
         return self._waiting.popleft() if self._waiting else None
-
-    @property
-    def total_runs(self) -> int:
-        return self._total
 
 
 class OptunaPacks(PackSource):
@@ -97,10 +88,6 @@ class OptunaPacks(PackSource):
         runs = self.sweep.runs({path: params[path] for path in self._distributions})
         self._open[number] = {run.run_id: None for run in runs}
         return runs
-
-    @property
-    def total_runs(self) -> int:
-        return self.num_samples * len(self.sweep.replicates())
 
     def _asked(self) -> int:
         """Settings that were drawn whole, whatever became of them."""

@@ -24,15 +24,17 @@ def make(total_runs=4, total_work=400.0, mode="max"):
 
 def test_counts_rate_best_and_time_left(clock):
     progress = make()
+    clock[0] += 5
+    assert progress.line() == "0/4 runs done | starting Ray | 5 s so far"
     progress.begin("a", "lr=1", step=0, total_steps=100, work=100.0)
     progress.begin("b", "lr=2", step=0, total_steps=100, work=100.0)
-    assert progress.line() == "0/4 runs done | 2 running | 0 s so far"
+    assert progress.line() == "0/4 runs done | 2 running | 5 s so far"
     clock[0] += 10
     for run_id, accuracy in (("a", 0.5), ("b", 0.75)):
         report = {"step": 50, "state": "running", "perf/steps_per_s": 5.0, "eval/test/accuracy": accuracy}
         progress.report({"run_id": run_id, **report})
     # 100 of 400 units of work in 10 s: 30 s more.
-    expected = "0/4 runs done | 2 running | 10 steps/s | best test/accuracy 0.750 (lr=2) | 30 s left | 10 s so far"
+    expected = "0/4 runs done | 2 running | 10 steps/s | best test/accuracy 0.750 (lr=2) | 30 s left | 15 s so far"
     assert progress.line() == expected
 
 

@@ -10,7 +10,7 @@ from groundswell.cli import main
 from groundswell.sweep import Axis, Sweep
 from models.decoder import Decoder
 
-PRESETS = {"paced": "three seconds a run", "quick": "as fast as it goes"}
+PRESETS = {"paced": "four seconds a run", "quick": "as fast as it goes"}
 DIVERGING_LR = 1e20
 
 
@@ -18,7 +18,7 @@ def build(preset: str) -> Sweep:
     experiment = Experiment(
         task=BrokenForOneSeed(modulus=13, train_fraction=0.6),
         model=Decoder(num_layers=1, num_heads=2, width=16, init_scale=3.0),
-        objective=PacedLoss(pause_s=0.025 if preset == "paced" else 0.0),
+        objective=PacedLoss(pause_s=0.035 if preset == "paced" else 0.0),
         optimizer=AdamW(lr=3e-3, weight_decay=0.3, warmup_steps=5, clip_norm=0.0),
         budget=Budget(steps=120, batch_size=32),
         metrics_every=5,

@@ -71,11 +71,13 @@ class Tracker:
         self._failures = 0  # rounds in a row
         self._complete = False
         self._deadline: float | None = None
+        self._delay_s = 0.0
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
 
-    def start(self) -> None:
-        """Returns at once; importing MLflow and making the database happen in the thread."""
+    def start(self, delay_s: float = 0.0) -> None:
+        """Returns at once; importing MLflow and making the database happen in the thread, `delay_s` later."""
+        self._delay_s = delay_s
         self._thread.start()
 
     def log_outputs(self, paths: Mapping[str, str | Path]) -> None:
@@ -105,6 +107,7 @@ class Tracker:
     def _run(self) -> None:
         handler = _log_handler(self.sweep.path / "log" / "tracking.log")
         lock = FileLock(self.sweep.path / "tracking.lock", timeout=0)
+        self._wake.wait(self._delay_s)
         try:
             while not self._expired():
                 self._wake.clear()
