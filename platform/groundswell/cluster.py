@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +16,13 @@ from typing import Any
 
 from groundswell.config import ConfigError
 
+log = logging.getLogger(__name__)
 CONNECT_SECONDS = 30.0
+AUTH = {"RAY_AUTH_MODE": "token"}  # Ray's daemons listen on every interface: never without a token
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",  # daemons listen on every interface: never without a token
     "RAY_DEDUP_LOGS": "0",
+    "RAY_enable_metrics_collection": "0",  # nobody reads them, and the exporter's thread can bring a worker down
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -59,7 +64,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Resour
 
     Raises ConfigError when nothing answers at the address within 30 seconds.
     """
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    _prepare_environment()
     import ray
 
     variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **{k: os.environ[k] for k in QUIET}}
@@ -78,7 +83,29 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Resour
         total = ray.cluster_resources()
         yield Resources(int(total.get("CPU", 1)), int(total.get("GPU", 0)))
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    """Ray ends the whole process when one of its handles is freed during its shutdown, for instance by a garbage
+    collection in another thread: collect before, and not meanwhile."""
+    import ray
+
+    gc.collect()
+    gc.disable()
+    try:
         ray.shutdown()
+    finally:
+        gc.enable()
+
+
+def _prepare_environment() -> None:
+    wanted = dict(QUIET)
+    if "ray" not in sys.modules:
+        wanted |= AUTH
+    elif "RAY_AUTH_MODE" not in os.environ:  # Ray reads it once, when it is imported
+        log.warning("ray was imported before groundswell.cluster.connect: its daemons run without a token")
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
 
 
 def _join(address: str, options: dict[str, Any]) -> None:

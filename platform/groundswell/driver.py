@@ -122,9 +122,9 @@ class Driver:
             self.planned = {run.run_id: run for run in listed_runs(self.sweep, self.options)}
             total_runs, total_work = len(self.planned), cost(list(self.planned.values()))
         self.progress = Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode)
-        with _interruptible(self), self.progress:
-            with cluster.connect(self.options.address, self.options.num_cpus) as resources:
-                self._tune(resources)
+        joined = cluster.connect(self.options.address, self.options.num_cpus)
+        with _interruptible(self), self.progress, joined as resources:
+            self._tune(resources)
 
     def _all_final(self) -> bool:
         runs = listed_runs(self.sweep, self.options)

@@ -50,8 +50,8 @@ def load_results(
                 "name": run.name,
                 "state": status.state,
                 "step": status.step,
-                "reason": status.reason,
-                "error": status.error,
+                "reason": status.reason or "",
+                "error": status.error or "",
                 **{path: run.axes.get(path) for path in axes},
             }
         )

@@ -1,0 +1,217 @@
+"""Sweeps from the command line's arguments to the report, on a real cluster that was there before them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import assert_tracked_once, mlflow_runs
+from small_sweep import PRESETS, build
+
+from groundswell import cli, commands
+from groundswell.cluster import QUIET
+from groundswell.rundir import SweepFolder
+from tasks.folder import write_folder
+from tasks.modular_arithmetic import ModularArithmetic
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TWO_RATES = ("--axis", "optimizer.lr=1e-3,1e-2")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Address of a Ray head on two CPUs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ["--head", "--block", "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
+    options += ["--node-ip-address", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    log = (tmp_path_factory.mktemp("ray") / "ray.log").open("wb")
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
+        env=os.environ | QUIET | {"OMP_NUM_THREADS": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while b"Ray runtime started" not in Path(log.name).read_bytes():
+        assert head.poll() is None and time.monotonic() < end, Path(log.name).read_text()
+        time.sleep(0.2)
+    yield address
+    head.terminate()
+    head.wait(60)
+    log.close()
+
+
+@pytest.fixture
+def sweep(cluster, tmp_path, monkeypatch, capsys):
+    """arguments -> exit code and what was printed; in this process, results below tmp_path/results."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+    def start(*arguments, results="results"):
+        output = tmp_path / results
+        code = cli.run(
+            build, PRESETS, "quick", ["--preset", "quick", "--address", cluster, "--output", str(output), *arguments]
+        )
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return code, printed.out
+
+    return start
+
+
+def only_sweep(tmp_path, results="results"):
+    (folder,) = [path for path in (tmp_path / results).iterdir() if (path / "runs").is_dir()]
+    return SweepFolder(folder)
+
+
+def runs_table(tmp_path):
+    return pd.read_csv(only_sweep(tmp_path).path / "tables" / "runs.csv")
+
+
+def trained(folder):
+    """run id -> when its journal was last written."""
+    return {run.run_id: run.journal_path.stat().st_mtime_ns for run in folder.runs()}
+
+
+def test_packed_sweep_equals_one_by_one(sweep, tmp_path):
+    """Same runs, same curves, whatever they were packed with; the diverging ones leave their pack."""
+    tables = {}
+    for pack in ("1", "6"):
+        code, printed = sweep("--pack", pack, results=f"pack-{pack}")
+        assert code == 0
+        assert printed.count("diverged lr=1e+20") == 2
+        folder = only_sweep(tmp_path, f"pack-{pack}")
+        tables[pack] = pd.read_csv(folder.path / "tables" / "history.csv").sort_values(["run_id", "step"])
+        assert_tracked_once(folder)
+    alone, packed = (table.drop(columns="perf/steps_per_s").reset_index(drop=True) for table in tables.values())
+    assert alone["run_id"].nunique() == 6
+    pd.testing.assert_frame_equal(alone, packed, rtol=1e-3, atol=1e-4)
+
+
+def test_asha_stops_members_of_a_pack(sweep, tmp_path):
+    """Runs that are behind end early with their state kept; a second start trains nothing and stops nobody else."""
+    arguments = ("--scheduler", "asha", "--pack", "6", "--axis", "optimizer.lr=1e-5,1e-3,1e-2")
+    code, _ = sweep(*arguments)
+    assert code == 0
+    folder = only_sweep(tmp_path)
+    assert folder.name == "small-quick-asha"
+    states = {run.run_id: run.status() for run in folder.runs()}
+    pruned = {run_id for run_id, status in states.items() if status.state == "pruned"}
+    assert pruned and len(pruned) < len(states) == 6
+    for run_id in pruned:
+        assert states[run_id].step < 120
+        assert states[run_id].reason.startswith("behind its rivals at step ")
+        assert folder.run(run_id).checkpoint_step() == states[run_id].step
+    assert {status.state for run_id, status in states.items() if run_id not in pruned} == {"finished"}
+    before = trained(folder)
+    code, printed = sweep(*arguments)
+    assert code == 0
+    assert "starting Ray" not in printed
+    assert trained(folder) == before
+    assert_tracked_once(folder)
+
+
+def test_random_search_goes_on_with_more_samples(sweep, tmp_path):
+    """Three settings, then five: the first three are among them and are not trained again."""
+    assert sweep("--search", "random", "--num-samples", "1")[0] == 0
+    folder = only_sweep(tmp_path)
+    before = trained(folder)
+    assert len(before) == 2  # one setting, two seeds
+    assert sweep("--search", "random", "--num-samples", "3")[0] == 0
+    after = trained(folder)
+    assert len(after) == 6
+    assert {run_id: after[run_id] for run_id in before} == before
+    rates = runs_table(tmp_path)["optimizer.lr"]
+    assert rates.nunique() == 3
+    assert rates.between(1e-4, 1e-1).all()
+
+
+def test_median_stopping(sweep, tmp_path):
+    """Judges by the mean so far: never stops all, and the sweep ends."""
+    code, _ = sweep("--scheduler", "median", "--axis", "optimizer.lr=1e-5,1e-3,1e-2")
+    assert code == 0
+    states = runs_table(tmp_path)["state"]
+    assert set(states) <= {"finished", "pruned"} and "finished" in set(states)
+
+
+def test_data_folder_in_the_original_format(sweep, tmp_path):
+    """A task is replaced by a folder of files; the runs equal those on the task that wrote it."""
+    world = ModularArithmetic(modulus=13, train_fraction=0.6)
+    write_folder(world.build(), tmp_path / "data")
+    code, printed = sweep(
+        "--task.class", "tasks.folder.Folder", "--task.path", str(tmp_path / "data"), "--pack", "2", *TWO_RATES
+    )
+    assert code == 0, printed
+    table = runs_table(tmp_path)
+    assert list(table["state"]) == ["finished"] * 4
+    experiment = only_sweep(tmp_path).runs()[0].experiment_dict()
+    assert experiment["task"]["class"] == "tasks.folder.Folder"
+
+
+@pytest.fixture(scope="module")
+def smoke(cluster, tmp_path_factory):
+    """The real sweep file, as a user starts it."""
+    output = tmp_path_factory.mktemp("smoke") / "results"
+    command = [sys.executable, str(ROOT / "sweeps" / "grok_wd_layers.py"), "--preset", "smoke"]
+    command += ["--output", str(output), "--address", cluster]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    return SweepFolder(output / "grok_wd_layers-smoke"), result.stdout
+
+
+def test_the_grokking_sweep(smoke):
+    """Table, figure, tracked artifacts."""
+    folder, printed = smoke
+    assert "Grokking: when train and held-out accuracy rise" in printed
+    assert "0/4 runs done" in printed
+    summary = pd.read_csv(folder.path / "tables" / "summary.csv")
+    assert len(summary) == 4  # two depths, two weight decays
+    assert list(summary.columns[:4]) == ["num_layers", "weight_decay", "runs", "step of 90% train"]
+    assert pd.read_parquet(folder.path / "tables" / "runs.parquet")["state"].eq("finished").all()
+    picture = (folder.path / "figures" / "grokking.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    tracked = mlflow_runs(folder)
+    assert len(tracked) == 5 and set(tracked.status) == {"FINISHED"}
+    artifacts = {path.name for path in folder.path.parent.glob("artifacts/**/*") if path.is_file()}
+    assert {"grokking.png", "summary.csv", "summary.parquet", "runs.parquet"} <= artifacts
+    assert_tracked_once(folder)
+
+
+def test_looking_at_runs(smoke, capsys):
+    folder, _ = smoke
+    output = folder.path.parent
+    assert commands.main(["runs", "--output", str(output), "--filter", "weight_decay > 0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 4 runs: 2 finished" in printed
+    run = folder.runs()[0]
+    assert commands.main(["show", run.run_id[:6], "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "tasks.composition.Composition" in printed and "step-00000150" in printed
+
+
+def test_dry_run_makes_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "sweeps" / "grok_wd_layers.py"), "--preset", "smoke", "--dry-run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "4 runs in 4 packs on" in result.stdout
+    assert "num_layers=2 weight_decay=0.1 seed=0" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_experiments_of_a_sweep_are_on_disk(smoke):
+    """What a run was is read back from its own folder."""
+    folder, _ = smoke
+    description = json.loads((folder.path / "sweep.json").read_text())
+    assert description["axes"]["model.num_layers"]["values"] == [1, 2]
+    for run in folder.runs():
+        experiment = run.experiment()
+        assert experiment.run_id == run.run_id
+        assert experiment.get("model.num_layers") == run.description()["axes"]["model.num_layers"]
