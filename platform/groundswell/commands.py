@@ -19,6 +19,7 @@ from rich.table import Table
 from groundswell.config import ConfigError
 from groundswell.rundir import SweepFolder, list_sweeps
 from groundswell.tracking.listing import RunRow, filter_rows, read_row, read_rows
+from groundswell.tracking.view import page_address
 
 StateName = Literal["waiting", "running", "finished", "stopped", "pruned", "diverged", "failed"]
 COLOURS = {
@@ -296,8 +297,7 @@ def _print_addresses(console: Console, output: Path, base: str) -> None:
     for sweep in list_sweeps(output):
         with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
             experiment_id = json.loads((sweep.path / "tracking.json").read_bytes())["experiment_id"]
-            address = f"{base}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-            console.print(f"{sweep.name}: {address}", soft_wrap=True, highlight=False)
+            console.print(f"{sweep.name}: {page_address(base, experiment_id)}", soft_wrap=True, highlight=False)
 
 
 def _raise_interrupt(number: int, frame: Any) -> None:

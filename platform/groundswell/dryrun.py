@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -13,9 +15,19 @@ from groundswell.driver import SweepOptions, listed_runs
 from groundswell.progress import format_seconds
 from groundswell.sweep import PlannedRun, Sweep, cost, make_packs
 
+if TYPE_CHECKING:
+    from groundswell.training.pack import Pack
+
 MEASURE_SECONDS = 1.0  # for each shape
-AFFORDABLE_FLOPS = 1e12  # a step that costs more is extrapolated from the others, or from ASSUMED_RATE
-ASSUMED_RATE = 3e10  # FLOP/s of one CPU core on small matrices
+AFFORDABLE_FLOPS = 2e11  # a few seconds on one CPU core; a costlier step is tried on fewer examples and scaled up
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one step of a pack takes."""
+
+    seconds: float
+    mib: float
 
 
 def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
@@ -32,12 +44,16 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
     for column in ("pack", "runs", "parameters a run", "steps", "ms a step", "time", "memory"):
         table.add_column(column, justify="left" if column == "runs" else "right")
     total, peak = 0.0, 0.0
-    measured: dict[str, float] = {}
+    measured: dict[str, Measured] = {}
+    longest = 0.0
     for number, pack in enumerate(packs):
-        seconds = _seconds_per_step(pack, measured)
+        key = f"{pack[0].experiment.pack_key()}*{len(pack)}"
+        if key not in measured:
+            measured[key] = _measure(pack)
+        seconds, memory = measured[key].seconds, measured[key].mib
         steps = pack[0].experiment.budget.steps
-        memory = _memory_mib(pack)
         total += seconds * steps
+        longest = max(longest, seconds * steps)
         peak = max(peak, memory)
         table.add_row(
             str(number),
@@ -49,12 +65,10 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
             f"{memory:,.0f} MiB",
         )
     console.print(table)
-    parallel = max(
-        total / workers, max((_seconds_per_step(p, measured) * p[0].experiment.budget.steps for p in packs), default=0)
-    )
+    parallel = max(total / workers, longest)
     console.print(
         f"about {format_seconds(parallel)} of training on {workers} workers (early stops make it shorter), "
-        f"{peak:,.0f} MiB a worker beyond about 400 MiB for its libraries",
+        f"up to {peak:,.0f} MiB a worker beyond about 400 MiB for its libraries",
         soft_wrap=True,
         highlight=False,
     )
@@ -74,44 +88,43 @@ def _num_parameters(run: PlannedRun) -> int:
     return sum(math.prod(spec.shape) for spec in run.experiment.model.parameters(task.vocab_size, task.max_length))
 
 
-def _seconds_per_step(pack: list[PlannedRun], measured: dict[str, float]) -> float:
-    """Timed on this machine once for each shape; a step too costly to try is scaled by its FLOPs."""
-    first = pack[0].experiment
-    key = f"{first.pack_key()}*{len(pack)}"
-    if key not in measured:
-        flops = cost(pack) / first.budget.steps
-        if flops > AFFORDABLE_FLOPS:
-            measured[key] = flops / ASSUMED_RATE
-        else:
-            measured[key] = _time_step(pack)
-    return measured[key]
-
-
-def _time_step(pack: list[PlannedRun]) -> float:
+def _measure(pack: list[PlannedRun]) -> Measured:
+    """A few real steps on this machine, with fewer examples where a whole batch would take too long."""
     import torch
 
     from groundswell.training.pack import Member, Pack, resolve_device
 
-    torch.set_num_threads(pack[0].experiment.scaling.num_threads)
-    device = resolve_device(pack[0].experiment.scaling)
-    program = Pack([Member.create(run.experiment, device) for run in pack])
-    program.train(2)
-    program.read_metrics()
+    first = pack[0].experiment
+    torch.set_num_threads(first.scaling.num_threads)
+    device = resolve_device(first.scaling)
+    flops = cost(pack) / first.budget.steps
+    batch_size = max(1, round(first.budget.batch_size * min(1.0, AFFORDABLE_FLOPS / flops)))
+    changes = {"budget.batch_size": batch_size, "scaling.compile": False, "scaling.cuda_graph": False}
+    program = Pack([Member.create(run.experiment.with_overrides(changes), device) for run in pack])
+    scale = first.budget.batch_size / batch_size
+    kept = _kept_by_backward(program) * scale
     start, steps = time.perf_counter(), 0
-    while steps < 3 or (time.perf_counter() - start < MEASURE_SECONDS and steps < 200):
-        program.train(3)
+    while steps < 2 or (time.perf_counter() - start < MEASURE_SECONDS and steps < 200):
+        program.train(1)
         program.read_metrics()
-        steps += 3
-    return (time.perf_counter() - start) / steps
+        steps += 1
+    seconds = (time.perf_counter() - start) / steps * scale
+    own = 4 * program.parameters.flat.nbytes  # weights, gradients, two moments
+    return Measured(seconds, (own + kept) / 2**20)
 
 
-def _memory_mib(pack: list[PlannedRun]) -> float:
-    """Weights, gradients and two moments (16 bytes a parameter), and the activations that backward keeps."""
-    e = pack[0].experiment
-    parameters = _num_parameters(pack[0])
-    # Backward keeps about one float for every two multiply-adds' outputs: measured near 14 widths a token and layer;
-    # from FLOPs alone: activations ~ flops / (2 * typical inner dimension of 128).
-    flops = e.model.flops_per_example(e.task.vocab_size, e.task.max_length, e.task.num_answers)
-    logits = e.task.num_answers * e.task.vocab_size
-    activations = e.budget.batch_size * (flops / 256 * 4 + 3 * logits * 4)
-    return len(pack) * (16 * parameters + activations) / 2**20
+def _kept_by_backward(program: Pack) -> int:
+    """Bytes of the tensors that one step's forward pass leaves for its backward pass, parameters apart."""
+    import torch
+
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        program.train(1)
+    program.read_metrics()
+    storages.pop(program.parameters.flat.untyped_storage().data_ptr(), None)
+    return sum(storages.values())

@@ -20,6 +20,7 @@ from groundswell.tracking.names import tag_value
 from groundswell.tracking.provenance import environment, git_state
 from groundswell.tracking.run_sync import Parent
 from groundswell.tracking.store import Store, StoredRun
+from groundswell.tracking.view import TAG, table_view
 
 
 class SweepSync:
@@ -58,6 +59,7 @@ class SweepSync:
             if self._memory.get("experiment_id") != experiment_id:
                 self._remember(experiment_id=experiment_id)
         self._log_environment(store, run, state)
+        self._set_view(store, experiment_id)
         children: dict[str, StoredRun] = {}
         if not is_new:
             store.client.update_run(run.run_id, status="RUNNING")
@@ -88,6 +90,13 @@ class SweepSync:
             lines += [f"Metric: `{d['metric']}` ({d.get('mode', 'max')})", ""]
         lines += [f"* `{path}`: {_axis_text(axis)}" for path, axis in (d.get("axes") or {}).items()]
         return tag_value("\n".join(lines))
+
+    def _set_view(self, store: Store, experiment_id: str) -> None:
+        """The columns of MLflow's table; runs of one sweep measure the same, so one journal tells the metrics."""
+        names: set[str] = set()
+        for run in self.sweep.runs()[:1]:
+            names = {name for line in run.journal() for name in line["metrics"]}
+        store.client.set_experiment_tag(experiment_id, TAG, table_view(self.sweep.description(), names))
 
     def _log_environment(self, store: Store, run: StoredRun, state: Any) -> None:
         """environment.json and git.patch; those of a later session on other code or another machine get a number."""
@@ -137,6 +146,7 @@ class SweepSync:
         """The parent's status from those of its runs: KILLED while some are not at their end."""
         states = Counter(folder.status().state for folder in self.sweep.runs())
         text = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        self._set_view(store, parent.experiment_id)
         store.log_batch(parent.run.run_id, tags={"groundswell.runs": text or "none"})
         unfinished = states["waiting"] + states["running"]
         status = "KILLED" if unfinished else "FAILED" if states["failed"] else "FINISHED"
