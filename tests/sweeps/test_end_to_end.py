@@ -141,6 +141,26 @@ def test_random_search_goes_on_with_more_samples(sweep, tmp_path):
     assert rates.between(1e-4, 1e-1).all()
 
 
+def test_broken_run_in_a_pack(sweep, tmp_path):
+    """The broken one is recorded with its error; its pack goes on; the exit code tells; the next start tries again."""
+    arguments = ("--pack", "6", "--axis", "seed=0,1,2", *TWO_RATES, "--task.broken-seed", "1")
+    code, printed = sweep(*arguments)
+    assert code == 1
+    folder = only_sweep(tmp_path)
+    by_seed = {run.description()["axes"]["seed"]: run.status() for run in folder.runs()}
+    assert {seed: status.state for seed, status in by_seed.items()} == {0: "finished", 1: "failed", 2: "finished"}
+    assert by_seed[1].error == "RuntimeError: no data for seed 1"
+    assert printed.count("failed lr=") == 2  # in the summary
+    assert "no data for seed 1" in printed
+    assert "Traceback" not in printed
+    before = trained(folder)
+    assert sweep(*arguments)[0] == 1
+    assert trained(folder) == before
+    assert_tracked_once(folder)
+    assert sorted(runs_table(tmp_path)["state"]) == ["failed"] * 2 + ["finished"] * 4
+
+
+@pytest.mark.slow
 def test_median_stopping(sweep, tmp_path):
     """Judges by the mean so far: never stops all, and the sweep ends."""
     code, _ = sweep("--scheduler", "median", "--axis", "optimizer.lr=1e-5,1e-3,1e-2")

@@ -2,7 +2,6 @@
 
 import os
 
-import pandas as pd
 import pytest
 from conftest import assert_same_results, assert_tracked_once, final_runs, half_done, mlflow_runs
 
@@ -88,27 +87,7 @@ def test_ctrl_c_and_a_second_process(start, output, folder, undisturbed):
     assert_tracked_once(folder)
 
 
-def test_broken_run_in_a_pack(start, output):
-    """The broken one is recorded with its error; its pack goes on; the exit code tells; the next start tries again."""
-    arguments = ("--preset", "quick", "--pack", "6", "--axis", "seed=0,1,2", "--axis", "optimizer.lr=1e-3,1e-2")
-    first = start(output, *arguments, "--task.broken-seed", "1")
-    assert first.wait() == 1, first.text
-    (folder,) = [SweepFolder(path) for path in output.glob("small-quick-*") if path.is_dir()]
-    by_seed = {run.description()["axes"]["seed"]: run.status() for run in folder.runs()}
-    assert {seed: status.state for seed, status in by_seed.items()} == {0: "finished", 1: "failed", 2: "finished"}
-    assert by_seed[1].error == "RuntimeError: no data for seed 1"
-    assert first.text.count("failed lr=") == 2  # in the summary
-    assert "no data for seed 1" in first.text
-    assert "Traceback" not in first.text
-    before = fingerprint(final_runs(folder))
-    again = start(output, *arguments, "--task.broken-seed", "1")
-    assert again.wait() == 1, again.text
-    assert fingerprint(final_runs(folder)) == before
-    assert_tracked_once(folder)
-    table = pd.read_csv(folder.path / "tables" / "runs.csv")
-    assert sorted(table.state) == ["failed"] * 2 + ["finished"] * 4
-
-
+@pytest.mark.slow
 def test_optuna_survives_its_driver_and_takes_more_samples(start, output):
     """The study on disk is the truth: open settings are trained on, told ones stay, more samples are new settings."""
     import optuna
