@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-PLAIN_SECONDS = 10.0  # between lines when the output is not a terminal
+PLAIN_SECONDS = (10.0, 60.0)  # between lines when the output is not a terminal: in the first minute, and later
 
 
 class Progress:
@@ -101,7 +101,7 @@ class Progress:
         delay = 1.0  # the first line soon: a sign of life
         while not self._stop.wait(delay):
             self.console.print(self.line(), soft_wrap=True, highlight=False)
-            delay = PLAIN_SECONDS
+            delay = PLAIN_SECONDS[time.monotonic() - self._start > 60]
 
 
 def format_seconds(seconds: float) -> str:

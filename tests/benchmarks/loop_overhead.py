@@ -1,13 +1,12 @@
-"""The training loop with readings, evaluations, checkpoints and journal against the bare step, interleaved.
+"""A whole run of the demo (readings, evaluations, checkpoints, journal) against the bare step, interleaved.
 
-python tests/benchmarks/loop_overhead.py [--steps 1500] [--rounds 3]
+python tests/benchmarks/loop_overhead.py [--layers 1] [--chunk 100]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -26,35 +25,35 @@ from sweeps.grok_wd_layers import build
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1_500, help="updates a run and round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=1, help="depth of the demo's run to take")
+    parser.add_argument("--chunk", type=int, default=100, help="steps of one before the other has its turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sweep = build("demo")
-    device = torch.device("cpu")
-    loop, bare = [], []
-    for number in range(options.rounds):
-        # The demo's own run and schedules, only shorter; a new seed each round, so that nothing is resumed.
-        experiment = sweep.base.with_overrides({"budget.steps": options.steps, "seed": number})
-        with tempfile.TemporaryDirectory() as folder:
-            run = SweepFolder(Path(folder) / "loop").create_run(
-                PlannedRun(experiment, {"seed": number}, f"seed={number}"), "loop", 0
-            )
-            trainer = PackTrainer([run])
+    changes = {"model.num_layers": options.layers, "evaluation.stop": []}  # all of its steps, early stop or not
+    experiment = build("demo").base.with_overrides(changes)
+    pack = Pack([Member.create(experiment, torch.device("cpu"))])
+    pack.train(20)
+    with tempfile.TemporaryDirectory() as folder:
+        run = SweepFolder(Path(folder) / "loop").create_run(PlannedRun(experiment, {}, "run"), "loop", 0)
+        trainer = PackTrainer([run])
+        loop, bare, done = 0.0, 0.0, 0
+        while not trainer.finished:
             start = time.process_time()
-            while not trainer.finished:
-                trainer.advance()
-            loop.append(options.steps / (time.process_time() - start))
-        pack = Pack([Member.create(experiment, device)])
-        start = time.process_time()
-        pack.train(options.steps)
-        bare.append(options.steps / (time.process_time() - start))
-    kept = statistics.median(a / b for a, b in zip(loop, bare, strict=True))
+            step = done
+            while not trainer.finished and step < done + options.chunk:
+                step = trainer.advance()[0]["step"]
+            loop += time.process_time() - start
+            start = time.process_time()
+            pack.train(step - done)
+            bare += time.process_time() - start
+            done = step
+    kept = bare / loop
     rows = [
-        ("bare step", f"{statistics.median(bare):.1f}", "1.000"),
-        ("loop with readings, evaluations, checkpoints", f"{statistics.median(loop):.1f}", f"{kept:.3f}"),
+        ("bare step", f"{done / bare:.1f}", "1.000"),
+        ("loop with readings, evaluations, checkpoints", f"{done / loop:.1f}", f"{kept:.3f}"),
     ]
-    print_table("the demo's run (2 layers, width 64, batch 512)", ("", "steps a CPU second", "of bare"), rows)
+    title = f"a run of the demo: {done} steps, {options.layers} layer(s), width 64, batch 512"
+    print_table(title, ("", "steps a CPU second", "of bare"), rows)
     finish({"loop_vs_bare": kept})
 
 
