@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -89,17 +90,20 @@ def run(build: Callable[[str], Sweep], presets: Mapping[str, str], default: str,
 
 
 def split_dotted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take `--a.b VALUE`, `--a.b=VALUE`, `--a.flag`, `--a.no-flag` out. Returns dotted path -> value, and the rest."""
+    """Take the experiment's fields out: `--a.b VALUE`, `--a.b=VALUE`, `--a.flag`, `--a.no-flag`, and `--seed VALUE`.
+
+    Returns dotted path -> value, and the rest.
+    """
     fields: dict[str, Any] = {}
     rest: list[str] = []
     queue = list(arguments)
     while queue:
         token = queue.pop(0)
         name, equals, value = token.partition("=")
-        if not (name.startswith("--") and "." in name):
+        path = name[2:].replace("-", "_")
+        if not (name.startswith("--") and ("." in path or path in Experiment.model_fields)):
             rest.append(token)
             continue
-        path = name[2:].replace("-", "_")
         if equals:
             fields[path] = parse_value(value)
         elif queue and not queue[0].startswith("--"):
@@ -113,9 +117,11 @@ def split_dotted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, Any]) -> Sweep:
     """Apply the command line to a sweep; what it changes besides axis values becomes part of the sweep's name."""
-    for path in fields:
+    for path, value in fields.items():
         if path in sweep.axes:
             raise ConfigError(f"{path} is an axis of this sweep; set its values with --axis {path}=V1,V2")
+        if isinstance(value, bool) and sweep.base.has(path) and not isinstance(sweep.base.get(path), bool):
+            raise ConfigError(f"{path}: needs a value, for instance --{path} {sweep.base.get(path)}")
     base = sweep.base.with_overrides(dict(fields))
     axes = {  # a part that was replaced need not have all that the axis used to set
         path: axis.model_copy(update={"also": tuple(other for other in axis.also if base.has(other))})
@@ -171,7 +177,7 @@ def _parse(sweep: Sweep, arguments: Sequence[str], presets: Mapping[str, str], p
         command,
         prog=f"python {Path(sys.argv[0]).name}",
         args=list(arguments),
-        description=Options.__doc__,
+        description=inspect.cleandoc(Options.__doc__ or ""),
         return_unknown_args=True,
     )
     if unknown:

@@ -34,10 +34,20 @@ def test_dotted_options_are_taken_out():
             "--model.num-layers=3",
             "--scaling.compile",
             "--model.no-tied-head",
+            "--metrics-every",
+            "50",
+            "--seed=3",
             "--dry-run",
         ]
     )
-    assert fields == {"optimizer.lr": 3e-4, "model.num_layers": 3, "scaling.compile": True, "model.tied_head": False}
+    assert fields == {
+        "optimizer.lr": 3e-4,
+        "model.num_layers": 3,
+        "scaling.compile": True,
+        "model.tied_head": False,
+        "metrics_every": 50,
+        "seed": 3,
+    }
     assert rest == ["--preset", "demo", "--dry-run"]
 
 
@@ -66,6 +76,7 @@ def test_new_values_keep_what_else_an_axis_sets(sweep):
             ["--optimizer.weight-decay", "1"],
             "is an axis of this sweep; set its values with --axis optimizer.weight_decay=",
         ),
+        (["--optimizer.lr"], "optimizer.lr: needs a value, for instance --optimizer.lr 0.003"),
         (["--axis", "optimizer.lr"], "write PATH=V1,V2"),
         (["--axis", "optimizer.rate=1,2"], "'optimizer' has no field 'rate'"),
         (["--axis", "model.num_layers=2,0"], "model.num_layers: Input should be greater than 0, got 0 (run"),
