@@ -1,8 +1,12 @@
 """Shared by all tests: one thread, small real experiments."""
 
 import os
+import secrets
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# Before anything imports Ray, which reads these once: clusters that tests start and join have a token of their own.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 import pytest
 import torch

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +14,7 @@ from typing import Any
 
 from groundswell.config import ConfigError
 
-log = logging.getLogger(__name__)
 CONNECT_SECONDS = 30.0
-AUTH = {"RAY_AUTH_MODE": "token"}  # Ray's daemons listen on every interface: never without a token
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -64,14 +60,16 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Resour
 
     Raises ConfigError when nothing answers at the address within 30 seconds.
     """
-    _prepare_environment()
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    if address is not None and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
     import ray
 
     variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **{k: os.environ[k] for k in QUIET}}
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "runtime_env": {"env_vars": variables}}
     if address is None:
         ray.init(
-            address="local",  # never someone else's cluster by accident
+            address="local",  # never someone else's cluster by accident; Ray gives it a token, as it listens everywhere
             num_cpus=num_cpus or local_resources().num_cpus,
             include_dashboard=False,
             object_store_memory=200 * 2**20,  # only small messages travel through it
@@ -99,13 +97,10 @@ def _leave() -> None:
         gc.enable()
 
 
-def _prepare_environment() -> None:
-    wanted = dict(QUIET)
-    if "ray" not in sys.modules:
-        wanted |= AUTH
-    elif "RAY_AUTH_MODE" not in os.environ:  # Ray reads it once, when it is imported
-        log.warning("ray was imported before groundswell.cluster.connect: its daemons run without a token")
-    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
+def _has_token() -> bool:
+    """Does this user have a token for Ray clusters? `ray start` uses it unasked; a driver with an address does not."""
+    variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    return any(os.environ.get(name) for name in variables) or (Path.home() / ".ray" / "auth_token").exists()
 
 
 def _join(address: str, options: dict[str, Any]) -> None:

@@ -1,8 +1,6 @@
 """What is decided before Ray starts: workers, search path, environment, and addresses that cannot be right."""
 
-import logging
 import os
-import sys
 
 import pytest
 
@@ -37,31 +35,14 @@ def test_workers_find_what_the_driver_found(monkeypatch):
     assert os.path.isdir(os.path.join(paths[1], "tasks"))
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    """An environment without our variables; restored afterwards."""
-    for name in (*cluster.QUIET, *cluster.AUTH):
-        monkeypatch.setenv(name, "for the restoring")
-        monkeypatch.delenv(name)
-    return monkeypatch
-
-
-def test_daemons_get_a_token_when_ray_is_not_there_yet(environment):
-    environment.delitem(sys.modules, "ray", raising=False)
-    environment.setenv("RAY_DEDUP_LOGS", "1")  # what a user has set stays
-    cluster._prepare_environment()
-    assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert os.environ["RAY_DEDUP_LOGS"] == "1"
-    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-
-
-def test_an_early_import_of_ray_is_not_contradicted(environment, caplog):
-    """Ray read its settings when it was imported; to change them now would lock the driver out."""
-    environment.setitem(sys.modules, "ray", object())
-    with caplog.at_level(logging.WARNING):
-        cluster._prepare_environment()
-    assert "RAY_AUTH_MODE" not in os.environ
-    assert "without a token" in caplog.text
+def test_tokens_are_found_where_ray_keeps_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert not cluster._has_token()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert cluster._has_token()
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:port", "127.0.0.1:1"])

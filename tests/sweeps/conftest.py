@@ -31,7 +31,8 @@ class SweepProcess:
         self.mark = uuid.uuid4().hex
         self.log = output.parent / f"{output.name}-{self.mark[:6]}.log"
         command = [sys.executable, str(script), "--output", str(output), "--num-cpus", "2", *arguments]
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,

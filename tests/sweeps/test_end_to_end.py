@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import assert_tracked_once, database, mlflow_runs
+from conftest import assert_tracked_once, database, mlflow_runs, tables
 from small_sweep import PRESETS, build
 
 from groundswell import cli, commands
@@ -82,25 +82,26 @@ def trained(folder):
     return {run.run_id: run.journal_path.stat().st_mtime_ns for run in folder.runs() if run.journal_path.exists()}
 
 
-def test_packed_sweep_equals_one_by_one(sweep, tmp_path):
-    """Same runs, same curves, whatever they were packed with; the diverging ones leave their pack."""
-    tables = {}
-    for pack in ("1", "6"):
-        code, printed = sweep("--pack", pack, results=f"pack-{pack}")
-        assert code == 0
-        assert printed.count("diverged lr=1e+20") == 2
-        folder = only_sweep(tmp_path, f"pack-{pack}")
-        tables[pack] = pd.read_csv(folder.path / "tables" / "history.csv").sort_values(["run_id", "step"])
-        assert_tracked_once(folder)
-    alone, packed = (table.reset_index(drop=True) for table in tables.values())
-    assert alone["run_id"].nunique() == 6
-    exact = ["run_id", "step"]
+def curves_by_name(folder):
+    runs, history = tables(folder)
+    return history.merge(runs[["run_id", "name"]]).sort_values(["name", "step"]).reset_index(drop=True)
+
+
+def test_packed_sweep_equals_one_by_one(sweep, tmp_path, undisturbed):
+    """Same curves, whatever a run was packed with; the diverging ones leave their pack."""
+    code, printed = sweep("--pack", "6")
+    assert code == 0
+    assert printed.count("diverged lr=1e+20") == 2
+    folder = only_sweep(tmp_path)
+    assert_tracked_once(folder)
+    packed, alone = (curves_by_name(each) for each in (folder, undisturbed))
+    assert len(packed.groupby("name")) == 6
     losses = [column for column in alone if column.endswith("loss")]
     accuracies = [column for column in alone if column.endswith("accuracy")]
     assert losses and accuracies
-    pd.testing.assert_frame_equal(alone[exact], packed[exact])
-    pd.testing.assert_frame_equal(alone[losses], packed[losses], rtol=1e-3)
-    pd.testing.assert_frame_equal(alone[accuracies], packed[accuracies], rtol=0, atol=0.03)  # one example flips
+    pd.testing.assert_frame_equal(packed[["name", "step"]], alone[["name", "step"]])
+    pd.testing.assert_frame_equal(packed[losses], alone[losses], rtol=1e-3)
+    pd.testing.assert_frame_equal(packed[accuracies], alone[accuracies], rtol=0, atol=0.03)  # one example flips
 
 
 def test_asha_stops_members_of_a_pack(sweep, tmp_path):
@@ -126,6 +127,7 @@ def test_asha_stops_members_of_a_pack(sweep, tmp_path):
     assert_tracked_once(folder)
 
 
+@pytest.mark.slow
 def test_random_search_goes_on_with_more_samples(sweep, tmp_path):
     """Three settings, then five: the first three are among them and are not trained again."""
     assert sweep("--search", "random", "--num-samples", "1")[0] == 0
