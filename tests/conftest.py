@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from models.objectives import AnswerLoss
 from tasks.modular_arithmetic import ModularArithmetic
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("no clock", deadline=None)  # tests never fail for a busy machine
+hypothesis.settings.load_profile("no clock")
 
 
 @pytest.fixture
