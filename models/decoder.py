@@ -1,4 +1,4 @@
-"""GPT-2 as pure functions of parameters with a leading run axis, with switches for looped and norm-free variants.
+"""GPT-2 as pure functions of parameters with a leading run axis, with switches for looped, norm-free and rotary variants.
 
 Numerically GPT-2 (Radford et al. 2019): pre-norm, learned positions, fused c_attn, biases, tanh-gelu, tied head.
 Parameter names and layouts are those of Hugging Face's GPT2LMHeadModel, so folders are exchanged without renaming.
@@ -19,7 +19,7 @@ from torch import Tensor
 from groundswell.config import ConfigError
 from groundswell.protocols import Model, Parameters, ParameterSpec, Task
 from models import huggingface
-from models.layers import ACTIVATIONS, Generators, attention, dropout, embed, layer_norm, linear, scores, take
+from models.layers import ACTIVATIONS, Generators, attention, dropout, embed, layer_norm, linear, rotate, scores, take
 
 WTE = "transformer.wte.weight"
 WPE = "transformer.wpe.weight"
@@ -40,6 +40,11 @@ class Decoder(Model):
     )
     layer_norm: bool = Field(True, description="False leaves every LayerNorm out")
     tied_head: bool = Field(True, description="the token embedding is also the output matrix")
+    position_encoding: Literal["absolute", "rotary", "null"] = Field(
+        "absolute", description="learned table; rotation of queries and keys; none (the causal mask alone tells order)"
+    )
+    rotary_dim: int = Field(32, gt=0, multiple_of=2, description="leading dimensions of each head that rotary turns")
+    freeze_embeddings: bool = Field(False, description="token and position tables keep their initial values")
     dropout: float = Field(0.0, ge=0, lt=1, description="on embeddings, attention weights and residual branches")
     init_scale: float = Field(1.0, gt=0, description="multiplies the standard deviation of every initial weight")
     init_std: float = Field(0.02, gt=0, description="of initial weights; c_proj: divided by sqrt(2 * num_layers)")
@@ -53,6 +58,14 @@ class Decoder(Model):
         if self.width % self.num_heads:
             remedy = ", ".join(str(n) for n in range(1, min(self.width, 64) + 1) if self.width % n == 0)
             raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}; choose one of {remedy}")
+        head = self.width // self.num_heads
+        if self.position_encoding == "rotary" and head < self.rotary_dim:
+            most = self.width // self.rotary_dim
+            raise ValueError(
+                f"num_heads {self.num_heads} gives heads of {head} dimensions, rotary turns {self.rotary_dim}; "
+                + (f"at width {self.width} use 1 to {most} heads" if most else f"use width {self.rotary_dim} or more")
+                + ", or a smaller rotary_dim"
+            )
         return self
 
     def check(self, task: Task) -> None:
@@ -77,8 +90,10 @@ class Decoder(Model):
         d, m = self.width, self.hidden_width
         std = self.init_std * self.init_scale
         residual_std = std / math.sqrt(2 * self.num_layers)  # GPT-2's c_proj; counts physical layers
-        decayed = [ParameterSpec(WTE, (vocab_size, d), True, std)]
-        decayed += [ParameterSpec(WPE, (self.num_positions or max_length, d), True, std)]
+        trained = not self.freeze_embeddings
+        decayed = [ParameterSpec(WTE, (vocab_size, d), True, std, trained=trained)]
+        if self.position_encoding == "absolute":
+            decayed += [ParameterSpec(WPE, (self.num_positions or max_length, d), True, std, trained=trained)]
         if not self.tied_head:
             decayed += [ParameterSpec(HEAD, (vocab_size, d), True, std)]
         rest: list[ParameterSpec] = []
@@ -104,12 +119,18 @@ class Decoder(Model):
 
     def embed(self, parameters: Parameters, tokens: Tensor, generators: Generators | None = None) -> Tensor:
         """tokens [K, B, T] -> residual stream before the first block [K, B, T, d]."""
-        positions = parameters[WPE]
-        length = tokens.shape[-1]
-        if length < positions.shape[1]:
-            positions = positions[:, :length]
-        x = embed(parameters[WTE], tokens) + positions.unsqueeze(1)
+        x = embed(parameters[WTE], tokens)
+        if self.position_encoding == "absolute":
+            positions = parameters[WPE]
+            length = tokens.shape[-1]
+            if length < positions.shape[1]:
+                positions = positions[:, :length]
+            x = x + positions.unsqueeze(1)
         return dropout(x, self.dropout, generators)
+
+    def token_embeddings(self, parameters: Parameters) -> Tensor:
+        """[K, V, d]."""
+        return parameters[WTE]
 
     def block(
         self,
@@ -136,6 +157,11 @@ class Decoder(Model):
             normal_query = self._norm(parameters, f"{name}ln_1", rows)
             query = linear(normal_query, query_weight, query_bias).view(*positions.shape, -1)
             key_value = linear(normal, kv_weight, kv_bias).view(*shape, -1)
+        if self.position_encoding == "rotary":
+            length, heads, turned = shape[-1], self.num_heads, self.rotary_dim
+            query = rotate(query, positions, length, heads, turned)
+            key, value = key_value.chunk(2, -1)
+            key_value = torch.cat([rotate(key, None, length, heads, turned), value], -1)
         mixed = attention(query, key_value, positions, self.num_heads, self.dropout, generators)
         branch = linear(_rows(mixed), *_weights(parameters, f"{name}attn.c_proj"))
         rows = rows + dropout(branch, self.dropout, generators)
@@ -211,7 +237,8 @@ class Decoder(Model):
 
         Raises ConfigError where the vocabulary has more tokens than the embedding has rows.
         """
-        rows, positions = len(parameters[WTE]), len(parameters[WPE])
+        rows = len(parameters[WTE])
+        positions = len(parameters[WPE]) if WPE in parameters else self.num_positions
         if len(vocabulary) > rows:
             raise ConfigError(
                 f"vocabulary: {len(vocabulary)} tokens for {rows} embedding rows; build the model for this task"

@@ -1,7 +1,7 @@
 """Decoders as Hugging Face folders: config.json, model.safetensors, vocabulary.json.
 
-A plain decoder is written as GPT2LMHeadModel. One that GPT-2 cannot express (looped, without LayerNorm) names our class
-instead, so that no other library loads it as something it is not. Our own configuration is kept under "groundswell".
+A plain decoder is written as GPT2LMHeadModel. One that GPT-2 cannot express (looped, rotary, without LayerNorm) names our
+class instead, so that no other library loads it as something it is not. Our own configuration is kept under "groundswell".
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.json"
 OURS = "groundswell"
 # settings that tensor shapes do not show, so that a mismatch would go unnoticed
-SILENT_FIELDS = ("num_layers", "num_heads", "activation", "layer_norm", "tied_head", "num_recurrences", "re_embed")
+SILENT_FIELDS = (
+    "num_layers", "num_heads", "activation", "layer_norm", "tied_head", "position_encoding", "num_recurrences", "re_embed"
+)  # fmt: skip
+# settings that matter only together with another one
+CONDITIONAL_FIELDS = {"re_embed_temperature": ("re_embed", True), "rotary_dim": ("position_encoding", "rotary")}
 ACTIVATION_NAMES = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 # GPT2Config switches that change what GPT-2 computes, with the value that is computed here
 FIXED_SETTINGS = {
@@ -43,9 +47,9 @@ _CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")  # buffers that old releas
 # ---- configuration ----
 
 
-def to_config(decoder: Decoder, vocab_size: int, num_positions: int) -> dict[str, Any]:
+def to_config(decoder: Decoder, vocab_size: int, num_positions: int | None) -> dict[str, Any]:
     """GPT2Config's fields and, under "groundswell", our own."""
-    plain = decoder.layer_norm and decoder.num_recurrences == 1
+    plain = decoder.layer_norm and decoder.num_recurrences == 1 and decoder.position_encoding == "absolute"
     return {
         "architectures": ["GPT2LMHeadModel" if plain else import_path(type(decoder))],
         "model_type": "gpt2" if plain else "groundswell_decoder",
@@ -133,11 +137,10 @@ def check_config(decoder: Decoder, folder: Path) -> None:
             raise ConfigError(
                 f"{folder / CONFIG}: {name} is {theirs} there and {ours} in the model; set model.{name}={theirs}"
             )
-    if decoder.re_embed and stored.re_embed_temperature != decoder.re_embed_temperature:
-        temperature = stored.re_embed_temperature
-        raise ConfigError(
-            f"{folder / CONFIG}: re_embed_temperature differs; set model.re_embed_temperature={temperature}"
-        )
+    for name, (other, value) in CONDITIONAL_FIELDS.items():
+        theirs = getattr(stored, name)
+        if getattr(decoder, other) == value and theirs != getattr(decoder, name):
+            raise ConfigError(f"{folder / CONFIG}: {name} differs; set model.{name}={theirs}")
 
 
 # ---- tensors ----

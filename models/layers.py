@@ -108,6 +108,38 @@ def dropout(x: Tensor, probability: float, generators: Generators | None) -> Ten
     return x * mask.div_(1.0 - probability)
 
 
+# ---- rotary positions ----
+
+ROTARY_BASE = 10_000.0  # Su et al. 2021 (arXiv 2104.09864), section 3.2.2
+
+
+def rotate(x: Tensor, positions: Tensor | None, length: int, num_heads: int, dimensions: int) -> Tensor:
+    """x [K, B, A, d] of tokens at `positions` [K, B, A] below `length` (None: all of them in order) -> the same shape.
+
+    In each head the leading `dimensions` are turned in interleaved pairs: pair i = (2i, 2i+1) of the token at position
+    t by the angle t * 10000^(-2i / dimensions).
+    """
+    heads = x.unflatten(-1, (num_heads, -1))
+    turned, rest = heads.split([dimensions, heads.shape[-1] - dimensions], -1)
+    cos, sin = _rotary_tables(length, dimensions, x.dtype, x.device)
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = torch.addcmul(turned * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2))
+    return (torch.cat([turned, rest], -1) if rest.shape[-1] else turned).flatten(-2)
+
+
+@functools.lru_cache(maxsize=32)
+def _rotary_tables(
+    length: int, dimensions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """[T, dimensions] each: cosines, and sines with the sign that the swapped partner takes (u cos - v sin, v cos + u sin)."""
+    frequencies = ROTARY_BASE ** (-torch.arange(0, dimensions, 2, dtype=torch.float64) / dimensions)
+    angles = (torch.arange(length, dtype=torch.float64)[:, None] * frequencies).repeat_interleave(2, -1)
+    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(dimensions // 2)
+    return angles.cos().to(device, dtype), (angles.sin() * signs).to(device, dtype)
+
+
 # ---- attention ----
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from groundswell.protocols import IGNORE, Model, Objective, Parameters, Split
+from groundswell.protocols import IGNORE, Answer, Model, Objective, Parameters, Split
 
 
 class AnswerLoss(Objective):
     """Mean cross-entropy over the answer tokens, delimiters included (Wang et al. 2024, arXiv 2405.15071, section 3).
 
     Metrics: `answer_loss`, the mean over the answer proper, without delimiters; `accuracy`, the fraction of rows
-    with every answer token right, that is, none scored higher.
+    with every answer token right, that is, none scored higher (as greedy decoding would have it).
     """
 
     def loss(
@@ -25,16 +26,73 @@ class AnswerLoss(Objective):
         model: Model,
         parameters: Parameters,
         batch: Split,
-        answer_column: int,
+        answer: Answer,
         generators: Sequence[torch.Generator] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model.answer_logits(parameters, batch.tokens, batch.positions, generators)
         losses, right = token_losses(logits, batch.targets)
         counted = batch.targets != IGNORE
         mean = losses.sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
-        answers = losses.detach()[:, :, answer_column].sum(1) / counted[:, :, answer_column].sum(1).clamp(min=1)
+        proper = answer.columns
+        answers = losses.detach()[:, :, proper].sum((1, 2)) / counted[:, :, proper].sum((1, 2)).clamp(min=1)
         accuracy = (right | ~counted).all(-1).to(mean.dtype).mean(-1)
         return mean, {"answer_loss": answers, "accuracy": accuracy}
+
+    def evaluate(self, model: Model, parameters: Parameters, batch: Split, answer: Answer) -> dict[str, Tensor]:
+        logits = model.answer_logits(parameters, batch.tokens, batch.positions)
+        right = (logits.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
+        losses, _ = token_losses(logits[:, :, answer.columns], batch.targets[:, :, answer.columns])
+        counted = (batch.targets[:, :, answer.columns] != IGNORE).sum(-1).clamp(min=1)
+        return {"accuracy": right.all(-1), "answer_loss": losses.sum(-1) / counted}
+
+
+class WordLoss(Objective):
+    """Mean cross-entropy over all targets; metrics concern the answer as a word of one or more tokens (Reversal Curse
+    analysis, arXiv 2405.04669).
+
+    `word_nll` and `first_token_nll` are negative log-probabilities in nats. Evaluation adds `accuracy` (greedy), `rank`
+    (1 is best: 1 + the tokens of the right token's kind that score higher; the worst of the word's tokens),
+    `candidate_nll` (the softmax runs over tokens of the right token's kind only), and what uniform guesses have:
+    `uniform_nll` over the whole vocabulary, `uniform_candidate_nll` over the candidates.
+    """
+
+    def loss(
+        self,
+        model: Model,
+        parameters: Parameters,
+        batch: Split,
+        answer: Answer,
+        generators: Sequence[torch.Generator] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model.answer_logits(parameters, batch.tokens, batch.positions, generators)
+        losses, _ = token_losses(logits, batch.targets)
+        word = losses.detach()[:, :, answer.columns]
+        metrics = {"word_nll": _word_nll(word).mean(-1), "first_token_nll": word[:, :, 0].mean(-1)}
+        return losses.mean((1, 2)), metrics
+
+    def evaluate(self, model: Model, parameters: Parameters, batch: Split, answer: Answer) -> dict[str, Tensor]:
+        targets = batch.targets[:, :, answer.columns]
+        logits = model.answer_logits(parameters, batch.tokens, batch.positions)[:, :, answer.columns]
+        losses, right = token_losses(logits, targets)
+        metrics = {"accuracy": right.all(-1), "word_nll": _word_nll(losses), "first_token_nll": losses[:, :, 0]}
+        uniform = torch.full_like(losses[:, :, 0], targets.shape[-1] * math.log(logits.shape[-1]))
+        if answer.token_kinds is None:
+            return metrics | {"uniform_nll": uniform}
+        other = answer.token_kinds != answer.token_kinds[targets].unsqueeze(-1)  # [K, B, A, V]
+        among = logits.masked_fill(other, float("-inf"))
+        rank = (among > logits.gather(-1, targets.unsqueeze(-1))).sum(-1).amax(-1) + 1
+        candidates = (~other).sum(-1).to(losses.dtype).log().sum(-1)
+        return metrics | {
+            "candidate_nll": _word_nll(token_losses(among, targets)[0]),
+            "rank": rank,
+            "uniform_nll": uniform,
+            "uniform_candidate_nll": candidates,
+        }
+
+
+def _word_nll(losses: Tensor) -> Tensor:
+    """[..., A] -> [...]: of the whole word, at most what the published code's ln(p + 1e-50) can give."""
+    return losses.sum(-1).clamp(max=-math.log(1e-50))
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

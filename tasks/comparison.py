@@ -10,7 +10,7 @@ from numpy.random import RandomState
 from pydantic import Field, model_validator
 
 from groundswell.config import ConfigError
-from groundswell.protocols import Dataset, Split
+from groundswell.protocols import Answer, Dataset, Split
 from tasks.attribute_world import AttributeTask, AttributeWorld
 from tasks.examples import answer_split, make_dataset, sample
 from tasks.vocabulary import IntArray
@@ -70,7 +70,7 @@ class Comparison(AttributeTask):
             "test_inferred_iid": len(world.iid),
             "test_inferred_ood": len(world.both_ood),
         }
-        return make_dataset(self, self.vocabulary(), train, evaluation, answer_column=0, candidates=candidates)
+        return make_dataset(self, self.vocabulary(), train, evaluation, Answer(slice(0, 1)), candidates=candidates)
 
     def _atomic(self, facts: IntArray) -> Split:
         entity, attribute, value = self._atomic_ids(facts)

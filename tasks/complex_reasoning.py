@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import RandomState
 from pydantic import Field
 
-from groundswell.protocols import Dataset, Split
+from groundswell.protocols import Answer, Dataset, Split
 from tasks.attribute_world import NUM_LABELS, AttributeTask, AttributeWorld
 from tasks.examples import answer_split, make_dataset, sample
 from tasks.proofs import UNPROVEN, comparison_graph, proven_labels
@@ -79,7 +79,7 @@ class ComplexReasoning(AttributeTask):
             self.vocabulary(),
             train={name: self._split(world, name, facts) for name, facts in train.items()},
             evaluation={name: self._split(world, name, facts) for name, facts in tests.items()},
-            answer_column=1,
+            Answer(slice(1, 2)),
             candidates=candidates,
         )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from groundswell.config import ConfigError
-from groundswell.protocols import Dataset, Split, Task
+from groundswell.protocols import Answer, Dataset, Split, Task
 from tasks.examples import answer_split, make_dataset, sample
 from tasks.vocabulary import PAD, SPECIAL_TOKENS, STOP, IntArray, numbered
 
@@ -131,7 +131,7 @@ class Composition(Task):
                 "train_inferred": self._split(train),
             },
             evaluation={name: self._split(rows) for name, rows in zip(names, tests, strict=True)},
-            answer_column=0,
+            Answer(slice(0, 1)),
             candidates={"train_inferred": len(pool), "test_inferred_iid": len(iid), "test_inferred_ood": len(ood)},
         )
 

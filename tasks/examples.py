@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.random import RandomState
 
-from groundswell.protocols import IGNORE, Dataset, Split, Task
+from groundswell.protocols import IGNORE, Answer, Dataset, Split, Task
 from tasks.vocabulary import IntArray
 
 
@@ -62,7 +62,7 @@ def make_dataset(
     vocabulary: tuple[str, ...],
     train: Mapping[str, Split],
     evaluation: Mapping[str, Split],
-    answer_column: int,
+    answer: Answer,
     candidates: Mapping[str, int] | None = None,
 ) -> Dataset:
     """Join the kinds of training row in their order and write the manifest.
@@ -78,7 +78,7 @@ def make_dataset(
         "candidates": dict(candidates or {}),
         "sha256": digest(whole, evaluation),
     }
-    return Dataset(vocabulary, whole, dict(evaluation), answer_column, manifest)
+    return Dataset(vocabulary, whole, dict(evaluation), answer, manifest)
 
 
 def digest(train: Split, evaluation: Mapping[str, Split]) -> str:

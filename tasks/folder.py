@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 
 from groundswell.files import atomic_write
-from groundswell.protocols import IGNORE, Dataset, Split, Task
+from groundswell.protocols import IGNORE, Answer, Dataset, Split, Task
 from tasks.examples import digest, row_texts
 from tasks.vocabulary import ANSWER, PAD, STOP, IntArray, Vocabulary
 
@@ -50,7 +50,7 @@ class Folder(Task):
     def build(self) -> Dataset:
         dataset = self._dataset()
         manifest = {"spec": self.to_dict(), **dataset.manifest}
-        return Dataset(dataset.vocabulary, dataset.train, dataset.evaluation, dataset.answer_column, manifest)
+        return Dataset(dataset.vocabulary, dataset.train, dataset.evaluation, dataset.answer, manifest)
 
     def _dataset(self) -> Dataset:
         names = (TRAIN, VALID, TEST, VOCABULARY)
@@ -88,7 +88,7 @@ def read_folder(path: str | Path, predict_stop: bool = True) -> Dataset:
     whole = _merge([_encode(folder / name, part, vocabulary, predict_stop) for name, part in rows.items()])
     split = whole.to_split(vocabulary.ids[PAD])
     try:
-        column = _answer_column(split, vocabulary)
+        columns = _answer_columns(split, vocabulary)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -103,7 +103,7 @@ def read_folder(path: str | Path, predict_stop: bool = True) -> Dataset:
         evaluation["valid"] = split.select(slice(start + len(rows[TEST]), None))
     counts = {"train": len(train), **{name: len(part) for name, part in evaluation.items()}}
     manifest = {"counts": counts, "sha256": digest(train, evaluation)}
-    return Dataset(vocabulary.tokens, train, evaluation, column, manifest)
+    return Dataset(vocabulary.tokens, train, evaluation, Answer(columns), manifest)
 
 
 def _read_json(path: Path) -> Any:
@@ -186,14 +186,14 @@ def _merge(parts: Sequence[_Encoded]) -> _Encoded:
     )
 
 
-def _answer_column(split: Split, vocabulary: Vocabulary) -> int:
-    """0, or 1 where every answer begins with `<a>`."""
+def _answer_columns(split: Split, vocabulary: Vocabulary) -> slice:
+    """All where the vocabulary has no delimiters, else the first, or the second where every answer begins with `<a>`."""
     if ANSWER not in vocabulary:
-        return 0
+        return slice(0, 1) if STOP in vocabulary else slice(-split.targets.shape[1], None)
     opened = split.targets[:, 0] == vocabulary.ids[ANSWER]
     if opened.any() and not opened.all():
         raise ValueError(f"some answers begin with {ANSWER} and some do not; write all of them alike")
-    return int(opened.any())
+    return slice(1, 2) if opened.any() else slice(0, 1)
 
 
 def write_folder(dataset: Dataset, path: str | Path, valid_split: str = "test_inferred_ood") -> None:

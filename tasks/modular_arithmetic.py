@@ -8,7 +8,7 @@ import numpy as np
 from numpy.random import RandomState
 from pydantic import Field, model_validator
 
-from groundswell.protocols import Dataset, Task
+from groundswell.protocols import Answer, Dataset, Task
 from tasks.examples import answer_split, make_dataset
 from tasks.vocabulary import IntArray, numbered
 
@@ -54,7 +54,7 @@ class ModularArithmetic(Task):
         rows = np.column_stack([pairs, self._results(pairs[:, 0], pairs[:, 1])])
         train, test = (answer_split(part, 2, 2, pad=0) for part in (rows[: self._num_train], rows[self._num_train :]))
         evaluation = {"train": train, "test": test}
-        return make_dataset(self, tuple(numbered("", self.modulus)), {"train": train}, evaluation, answer_column=0)
+        return make_dataset(self, tuple(numbered("", self.modulus)), {"train": train}, evaluation, Answer(slice(-1, None)))
 
     @property
     def _num_train(self) -> int:

@@ -121,7 +121,8 @@ class Driver:
         else:
             self.planned = {run.run_id: run for run in listed_runs(self.sweep, self.options)}
             total_runs, total_work = len(self.planned), cost(list(self.planned.values()))
-        self.progress = Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode)
+        unit = self.sweep.base.budget.unit
+        self.progress = Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode, unit)
         joined = cluster.connect(self.options.address, self.options.num_cpus)
         with _interruptible(self), self.progress, joined as resources:
             self._tune(resources)
@@ -149,7 +150,7 @@ class Driver:
             raise ConfigError("scaling.device: the cluster has no GPU; use cpu or auto")
         self.workers = resources.workers(scaling.num_threads, on_gpu)
         self.source = self._make_source(on_gpu)
-        inner = make_scheduler(self.options.scheduler, self.sweep.metric, self.sweep.mode, self.sweep.base.budget.steps)
+        inner = make_scheduler(self.options.scheduler, self.sweep.metric, self.sweep.mode, self.sweep.base.budget.total)
         scheduler = MemberScheduler(inner, self.folder) if inner else None
         if scheduler:
             scheduler.recall(self.folder.runs())
@@ -217,7 +218,7 @@ class Driver:
             else:
                 waiting.append(run)
                 e = run.experiment
-                self.progress.begin(run.run_id, run.name, folder.checkpoint_step(), e.budget.steps, cost([run]))
+                self.progress.begin(run.run_id, run.name, folder.checkpoint_step(), e.budget.total, cost([run]))
         if not waiting:
             return None
         return {

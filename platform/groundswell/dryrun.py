@@ -51,7 +51,7 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
         if key not in measured:
             measured[key] = _measure(pack)
         seconds, memory = measured[key].seconds, measured[key].mib
-        steps = pack[0].experiment.budget.steps
+        steps = pack[0].experiment.budget.total
         total += seconds * steps
         longest = max(longest, seconds * steps)
         peak = max(peak, memory)
@@ -92,23 +92,25 @@ def _measure(pack: list[PlannedRun]) -> Measured:
     """A few real steps on this machine, with fewer examples where a whole batch would take too long."""
     import torch
 
-    from groundswell.training.pack import Member, Pack, resolve_device
+    from groundswell.training.pack import Member, Pack, build_dataset, resolve_device
 
     first = pack[0].experiment
     torch.set_num_threads(first.scaling.num_threads)
     device = resolve_device(first.scaling)
-    flops = cost(pack) / first.budget.steps
-    batch_size = max(1, round(first.budget.batch_size * min(1.0, AFFORDABLE_FLOPS / flops)))
-    changes = {"budget.batch_size": batch_size, "scaling.compile": False, "scaling.cuda_graph": False}
+    examples = first.budget.examples_per_step(len(build_dataset(first).train))
+    batch_size = min(first.budget.batch_size, examples)
+    flops = cost(pack) / first.budget.total * batch_size / examples
+    tried = max(1, round(batch_size * min(1.0, AFFORDABLE_FLOPS / flops)))
+    changes = {"scaling.compile": False, "scaling.cuda_graph": False, "budget.batch_size": tried, "budget.epochs": None}
     program = Pack([Member.create(run.experiment.with_overrides(changes), device) for run in pack])
-    scale = first.budget.batch_size / batch_size
+    scale = batch_size / tried
     kept = _kept_by_backward(program) * scale
-    start, steps = time.perf_counter(), 0
-    while steps < 2 or (time.perf_counter() - start < MEASURE_SECONDS and steps < 200):
+    start, updates = time.perf_counter(), 0
+    while updates < 2 or (time.perf_counter() - start < MEASURE_SECONDS and updates < 200):
         program.train(1)
         program.read_metrics()
-        steps += 1
-    seconds = (time.perf_counter() - start) / steps * scale
+        updates += 1
+    seconds = (time.perf_counter() - start) / updates * scale * examples / batch_size
     own = 4 * program.parameters.flat.nbytes  # weights, gradients, two moments
     return Measured(seconds, (own + kept) / 2**20)
 

@@ -21,6 +21,7 @@ class AdamW(Component):
 
     lr: float = Field(1e-3, gt=0, description="learning rate after warm-up")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices and embeddings")
+    decay_all: bool = Field(False, description="decay biases and LayerNorms too, as plain torch.optim.AdamW does")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -29,8 +30,25 @@ class AdamW(Component):
 
 
 class Budget(Config):
-    steps: int = Field(1_000, gt=0, description="updates")
+    """How long a run is. With `epochs`, one step of the run is an epoch: metrics_every, the schedules, stop rules and
+    every step number count epochs then (warm-up still counts updates), and an epoch ends with a short batch."""
+
+    steps: int = Field(1_000, gt=0, description="updates; batches run on across epochs, so all are full")
+    epochs: int | None = Field(None, gt=0, description="passes over the training data, in place of steps")
     batch_size: int = Field(512, gt=0, description="examples an update")
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run: updates, or epochs."""
+        return self.epochs or self.steps
+
+    @property
+    def unit(self) -> str:
+        return "epoch" if self.epochs else "step"
+
+    def examples_per_step(self, num_train: int | None) -> int:
+        """`num_train` None: unknown, one batch is taken for an epoch."""
+        return num_train if self.epochs and num_train else self.batch_size
 
 
 class StopRule(Component, ABC):

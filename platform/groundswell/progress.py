@@ -17,11 +17,14 @@ PLAIN_SECONDS = (10.0, 60.0)  # between lines when the output is not a terminal:
 class Progress:
     """Counts work in FLOPs, so that the time left is right for runs of different size."""
 
-    def __init__(self, console: Console, total_runs: int, total_work: float, metric: str, mode: str) -> None:
+    def __init__(
+        self, console: Console, total_runs: int, total_work: float, metric: str, mode: str, unit: str = "step"
+    ) -> None:
+        self.unit = unit  # of the runs' steps
         self.console, self.metric, self.mode = console, metric, mode
         self.total_runs, self.total_work = total_runs, total_work
         self.ended: dict[str, int] = {}
-        self._live_runs: dict[str, tuple[int, int, float, float]] = {}  # run id -> step, total, steps/s, work
+        self._live_runs: dict[str, tuple[int, int, float, float]] = {}  # run id -> step, total, rate, work
         self._saved_work = 0.0  # work that an earlier session or an early stop has taken off
         self._done_work = 0.0
         self._start = time.monotonic()
@@ -62,7 +65,7 @@ class Progress:
             old_step, total, rate, work = self._live_runs[run_id]
             step = member.get("step", old_step)
             self._done_work += max(0, step - old_step) / total * work
-            self._live_runs[run_id] = (step, total, member.get("perf/steps_per_s", rate), work)
+            self._live_runs[run_id] = (step, total, member.get(f"perf/{self.unit}s_per_s", rate), work)
             value = member.get(self.metric)
             if value is not None and (self._best is None or (value > self._best[0]) == (self.mode == "max")):
                 self._best = (value, self._names[run_id])
@@ -83,7 +86,7 @@ class Progress:
             parts += [bad] if bad else []
             rate = sum(rate for _, _, rate, _ in self._live_runs.values())
             if rate:
-                parts.append(f"{rate:,.0f} steps/s")
+                parts.append(f"{rate:,.0f} {self.unit}s/s")
             if self._best:
                 parts.append(f"best {self.metric.removeprefix('eval/')} {self._best[0]:.3f} ({self._best[1]})")
             left = self.total_work - self._saved_work - self._done_work

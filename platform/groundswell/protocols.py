@@ -40,13 +40,27 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What metrics of answers need to know about a data set."""
+
+    columns: slice  # which of the A answer columns are the answer proper (others are delimiters, or further targets)
+    token_kinds: Tensor | None = None  # [V] int64: tokens of one kind could stand in for each other; -1: never an answer
+
+    def to(self, device: torch.device | str) -> Answer:
+        return Answer(self.columns, None if self.token_kinds is None else self.token_kinds.to(device))
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """What a task builds: a closed vocabulary, the training split and named evaluation splits."""
+    """What a task builds: a closed vocabulary, the training split and named evaluation splits.
+
+    The training split may have more answer columns than the evaluation splits.
+    """
 
     vocabulary: tuple[str, ...]  # token string of each id
     train: Split
     evaluation: Mapping[str, Split]
-    answer_column: int  # which of the A answer columns is the answer proper (the others are delimiters)
+    answer: Answer
     manifest: Mapping[str, Any] = field(default_factory=dict)  # spec, counts, sha256
 
 
@@ -65,7 +79,12 @@ class Task(Component, ABC):
     @property
     @abstractmethod
     def num_answers(self) -> int:
-        """A of every split."""
+        """A of the training split."""
+
+    @property
+    def num_train(self) -> int | None:
+        """Training examples, where that is known without building; for estimates of time only."""
+        return None
 
     @abstractmethod
     def build(self) -> Dataset: ...
@@ -80,6 +99,7 @@ class ParameterSpec:
     decayed: bool  # does weight decay apply
     init_std: float | None = None
     init_value: float = 0.0
+    trained: bool = True  # False: keeps its initial value
 
 
 Parameters = Mapping[str, "Tensor"]  # name -> [K, *shape]
@@ -130,7 +150,11 @@ class Objective(Component, ABC):
         model: Model,
         parameters: Parameters,
         batch: Split,
-        answer_column: int,
+        answer: Answer,
         generators: Sequence[torch.Generator] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch tensors carry the trial axis ([K, B, ...]). Returns the loss [K] and named metrics [K] (detached)."""
+
+    @abstractmethod
+    def evaluate(self, model: Model, parameters: Parameters, batch: Split, answer: Answer) -> dict[str, Tensor]:
+        """Named metrics of each example [K, B]; their means over a split are what is recorded. No gradients."""

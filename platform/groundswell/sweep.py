@@ -169,7 +169,8 @@ def pack_size(
         return pack
     task = experiment.task
     flops = experiment.model.flops_per_example(task.vocab_size, task.max_length, task.num_answers)
-    wanted = GPU_PACK if on_gpu else (CPU_PACK if flops * experiment.budget.batch_size < DISPATCH_BOUND_FLOPS else 1)
+    batch = min(experiment.budget.batch_size, task.num_train or experiment.budget.batch_size)
+    wanted = GPU_PACK if on_gpu else (CPU_PACK if flops * batch < DISPATCH_BOUND_FLOPS else 1)
     return max(1, min(wanted, -(-num_runs // num_workers)))
 
 
@@ -194,5 +195,5 @@ def cost(runs: Sequence[PlannedRun]) -> float:
     for run in runs:
         e = run.experiment
         per_example = e.model.flops_per_example(e.task.vocab_size, e.task.max_length, e.task.num_answers)
-        total += 3 * per_example * e.budget.batch_size * e.budget.steps
+        total += 3 * per_example * e.budget.examples_per_step(e.task.num_train) * e.budget.total
     return total

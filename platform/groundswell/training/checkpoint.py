@@ -65,7 +65,7 @@ def save(
 
 
 def _is_scheduled(experiment: Experiment, step: int) -> bool:
-    return step == experiment.budget.steps or experiment.checkpointing.schedule.due(step)
+    return step == experiment.budget.total or experiment.checkpointing.schedule.due(step)
 
 
 def load_weights(folder: Path, model: Model, vocab_size: int, max_length: int) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Parameters of a pack as rows of one flat buffer, and AdamW over its rows.
 
-A row is [decayed | not decayed], so a run's optimizer step, gradient norm and checkpoint are each one slice.
+A row is [decayed | not decayed | not trained], so a run's optimizer step, gradient norm and checkpoint are each one
+slice.
 Tensors start at multiples of 64 bytes; the gap is zero and stays zero under AdamW.
 """
 
@@ -24,13 +25,14 @@ class FlatParameters:
     def __init__(self, specs: Sequence[ParameterSpec], flat: Tensor) -> None:
         """`specs` in any order; `flat` [K, P] with P from `layout`."""
         self.specs = list(specs)
-        self.offsets, self.num_decayed, self.row_size = layout(self.specs)
+        self.offsets, self.num_decayed, self.num_trained, self.row_size = layout(self.specs)
         self.flat = flat
         self.grad = torch.zeros_like(flat)
         self.views: dict[str, Tensor] = {}
         for spec in self.specs:
-            view = self._slice(self.flat, spec).detach().requires_grad_(True)  # shares memory, own autograd leaf
-            view.grad = self._slice(self.grad, spec)
+            view = self._slice(self.flat, spec).detach()  # shares memory, own autograd leaf
+            if spec.trained:
+                view.requires_grad_(True).grad = self._slice(self.grad, spec)
             self.views[spec.name] = view
 
     def _slice(self, buffer: Tensor, spec: ParameterSpec) -> Tensor:
@@ -48,23 +50,23 @@ class FlatParameters:
         return {name: view.detach()[list(rows)] for name, view in self.views.items()}
 
 
-def layout(specs: Sequence[ParameterSpec]) -> tuple[dict[str, int], int, int]:
-    """-> offset of each tensor, end of the decayed part, row size (in elements)."""
+def layout(specs: Sequence[ParameterSpec]) -> tuple[dict[str, int], int, int, int]:
+    """-> offset of each tensor, ends of the decayed and of the trained part, row size (in elements)."""
+    decayed = [spec for spec in specs if spec.trained and spec.decayed]
+    rest = [spec for spec in specs if spec.trained and not spec.decayed]
     offsets: dict[str, int] = {}
-    position = num_decayed = 0
-    for decayed in (True, False):
-        for spec in specs:
-            if spec.decayed == decayed:
-                offsets[spec.name] = position
-                position += -(-math.prod(spec.shape) // ALIGNMENT) * ALIGNMENT
-        if decayed:
-            num_decayed = position
-    return offsets, num_decayed, position
+    ends, position = [], 0
+    for part in (decayed, rest, [spec for spec in specs if not spec.trained]):
+        for spec in part:
+            offsets[spec.name] = position
+            position += -(-math.prod(spec.shape) // ALIGNMENT) * ALIGNMENT
+        ends.append(position)
+    return offsets, ends[0], ends[1], ends[2]
 
 
 def initial_row(specs: Sequence[ParameterSpec], generator: torch.Generator) -> Tensor:
     """Draw one run's parameters [P] in the order of `specs` (float32, CPU: equal on every device)."""
-    offsets, _, row_size = layout(specs)
+    offsets, *_, row_size = layout(specs)
     row = torch.zeros(row_size)
     for spec in specs:
         size = math.prod(spec.shape)
@@ -83,8 +85,10 @@ class PackedAdamW:
         self.parameters = parameters
         self.settings = list(settings)
         self.step_count = step  # updates done
-        self.exp_avg = torch.zeros_like(parameters.flat)
-        self.exp_avg_sq = torch.zeros_like(parameters.flat)
+        trained = slice(0, parameters.num_trained)
+        self.flat, self.grad = parameters.flat.detach()[:, trained], parameters.grad[:, trained]
+        self.exp_avg = torch.zeros_like(self.flat)
+        self.exp_avg_sq = torch.zeros_like(self.flat)
         self.grad_norm = torch.zeros(len(settings), device=parameters.flat.device, dtype=parameters.flat.dtype)
         self.on_cpu = parameters.flat.device.type == "cpu"
         self._clips = any(s.clip_norm for s in settings)
@@ -113,7 +117,7 @@ class PackedAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Clip, then update. Update number s (from 0) uses lr * min(1, s / warmup_steps)."""
-        grad = self.parameters.grad
+        grad = self.grad
         torch.linalg.vector_norm(grad, dim=1, out=self.grad_norm)
         if self._clips:
             grad.mul_((self._clip_norm.to(grad.dtype) / (self.grad_norm[:, None] + 1e-6)).clamp_(max=1.0))
@@ -125,27 +129,34 @@ class PackedAdamW:
 
     def _step_rows(self) -> None:
         """torch's fused kernel on each row: two calls a run (decayed part, rest)."""
-        p, split = self.parameters, self.parameters.num_decayed
+        split = self.parameters.num_decayed
         count = torch.tensor(float(self.step_count + 1))
         for index, s in enumerate(self.settings):
             lr = s.lr * min(1.0, self.step_count / s.warmup_steps) if s.warmup_steps else s.lr
-            for part, weight_decay in ((slice(0, split), s.weight_decay), (slice(split, None), 0.0)):
+            for part, weight_decay in self._parts(split, s):
                 torch._fused_adamw_(
-                    [p.flat[index, part]], [p.grad[index, part]],
+                    [self.flat[index, part]], [self.grad[index, part]],
                     [self.exp_avg[index, part]], [self.exp_avg_sq[index, part]], [], [count],
                     lr=lr, beta1=s.beta1, beta2=s.beta2, weight_decay=weight_decay, eps=s.eps,
                     amsgrad=False, maximize=False,
                 )  # fmt: skip
 
+    @staticmethod
+    def _parts(split: int, settings: AdamW) -> list[tuple[slice, float]]:
+        """Parts of a row with the weight decay of each."""
+        if settings.decay_all:
+            return [(slice(None), settings.weight_decay)]
+        return [(slice(0, split), settings.weight_decay), (slice(split, None), 0.0)]
+
     def _step_flat(self) -> None:
         """The same arithmetic as element-wise kernels over [K, P]; nothing is read back to the host."""
-        p, split = self.parameters, self.parameters.num_decayed
+        split = None if self.settings[0].decay_all else self.parameters.num_decayed
         warm = torch.where(self._warmup > 0, self._device_step / self._warmup.clamp(min=1), torch.ones_like(self._lr))
         lr = self._lr * warm.clamp(max=1.0)
         self._device_step += 1
-        p.flat[:, :split].mul_(1 - lr * self._decay)
-        self.exp_avg.mul_(self._beta1).add_((1 - self._beta1) * p.grad)
-        self.exp_avg_sq.mul_(self._beta2).add_((1 - self._beta2) * p.grad * p.grad)
+        self.flat[:, :split].mul_(1 - lr * self._decay)
+        self.exp_avg.mul_(self._beta1).add_((1 - self._beta1) * self.grad)
+        self.exp_avg_sq.mul_(self._beta2).add_((1 - self._beta2) * self.grad * self.grad)
         correction1 = 1 - self._beta1**self._device_step
         correction2 = (1 - self._beta2**self._device_step).sqrt()
-        p.flat.sub_((lr / correction1) * self.exp_avg / (self.exp_avg_sq.sqrt() / correction2 + self._eps))
+        self.flat.sub_((lr / correction1) * self.exp_avg / (self.exp_avg_sq.sqrt() / correction2 + self._eps))

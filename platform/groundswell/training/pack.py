@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from groundswell.config import ConfigError
 from groundswell.experiment import Experiment, Scaling
-from groundswell.protocols import IGNORE, Dataset, Split, Task
+from groundswell.protocols import Answer, Dataset, Split, Task
 from groundswell.training.flat import FlatParameters, PackedAdamW, initial_row
 from groundswell.training.sampler import DataOrder, generator
 
@@ -66,11 +66,12 @@ class Pack:
     """K members, their parameters [K, P], their optimizer rows and their data, all resident on one device."""
 
     def __init__(self, members: Sequence[Member], rows: Tensor | None = None, step: int = 0) -> None:
-        """`rows` [K, P]: parameters to start from; drawn from each member's seed when absent."""
+        """`rows` [K, P]: parameters to start from; drawn from each member's seed when absent. `step`: steps done."""
         first = members[0].experiment
         self.members = list(members)
         self.model, self.objective, self.scaling = first.model, first.objective, first.scaling
         self.batch_size = first.budget.batch_size
+        self.updates_per_step = self._count_updates(first)
         self.device = resolve_device(self.scaling)
         self.dtype = torch.float64 if self.scaling.precision == "float64" else torch.float32
         if self.device.type == "cuda":
@@ -79,7 +80,8 @@ class Pack:
             rows = torch.stack([member.initial_row() for member in members])
         specs = self.model.parameters(first.task.vocab_size, first.task.max_length)
         self.parameters = FlatParameters(specs, rows.to(self.device, self.dtype))
-        self.optimizer = PackedAdamW(self.parameters, [m.experiment.optimizer for m in members], step)
+        optimizers = [m.experiment.optimizer for m in members]
+        self.optimizer = PackedAdamW(self.parameters, optimizers, step * self.updates_per_step)
         self._uses_generators = getattr(self.model, "dropout", 0.0) > 0
         self._place_data()
         self._loss = torch.compile(self._forward, dynamic=False) if self.scaling.compile else self._forward
@@ -87,9 +89,28 @@ class Pack:
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
 
+    def _count_updates(self, first: Experiment) -> int:
+        """Updates in one step of the run: 1, or those of an epoch."""
+        self.epoch_size = 0
+        if not first.budget.epochs:
+            return 1
+        sizes = {len(member.dataset.train) for member in self.members}
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"budget.epochs: the runs of this pack have {min(sizes)} to {max(sizes)} training examples; use --pack 1"
+            )
+        self.epoch_size = sizes.pop()  # examples of a step; 0: one batch
+        if self.scaling.cuda_graph and self.epoch_size % self.batch_size:
+            raise ConfigError("scaling.cuda_graph: needs batches of one size; set budget.steps instead of budget.epochs")
+        return -(-self.epoch_size // self.batch_size)
+
     @property
     def step_count(self) -> int:
-        return self.optimizer.step_count
+        """Steps done, in the unit of the budget."""
+        return self.optimizer.step_count // self.updates_per_step
+
+    def set_step(self, step: int) -> None:
+        self.optimizer.set_step(step * self.updates_per_step)
 
     def _place_data(self) -> None:
         """Each distinct data set once, end to end; a member's rows start at its offset."""
@@ -106,7 +127,7 @@ class Pack:
             )
         )
         self.offsets = torch.tensor([offsets[id(m.dataset)] for m in self.members])
-        self.answer_column = self.members[0].dataset.answer_column
+        self.answer = self.members[0].dataset.answer.to(self.device)
         self._evaluation: dict[int, EvaluationData] = {}
         for key, dataset in unique.items():
             limit = self.members[0].experiment.evaluation.max_examples
@@ -122,7 +143,7 @@ class Pack:
     def _forward(self, parameters: dict[str, Tensor], batch: Split) -> tuple[Tensor, dict[str, Tensor]]:
         generators = [m.dropout for m in self.members] if self._uses_generators else None
         with self._autocast():
-            return self.objective.loss(self.model, parameters, batch, self.answer_column, generators)
+            return self.objective.loss(self.model, parameters, batch, self.answer, generators)
 
     def _update(self, rows: Tensor) -> dict[str, Tensor]:
         """One update on data rows [K, B]. Returns the metrics [K]."""
@@ -140,20 +161,25 @@ class Pack:
         return {"loss": loss.detach(), **metrics}
 
     def train(self, steps: int) -> None:
-        """`steps` updates. Metrics are summed on the device; nothing is read back."""
-        if steps == 0:
-            return
-        size = self.batch_size
-        taken = torch.stack([m.order.take(steps * size) for m in self.members]) + self.offsets[:, None]
-        chunks = taken.view(len(self.members), steps, size).transpose(0, 1).contiguous().to(self.device)
-        for rows in chunks:
+        """So many steps of the run. Metrics are summed on the device; nothing is read back."""
+        for rows in self._batches(steps):
             metrics = self._replay(rows) if self.scaling.cuda_graph else self._update(rows)
             for name, value in metrics.items():
                 if name in self._sums:
                     self._sums[name] += value
                 else:
                     self._sums[name] = value.clone()
-        self._summed += steps
+            self._summed += 1
+
+    def _batches(self, steps: int) -> Iterator[Tensor]:
+        """Data rows [K, B] of each update of so many steps."""
+        if steps == 0:
+            return
+        size = self.epoch_size or self.batch_size
+        taken = torch.stack([m.order.take(steps * size) for m in self.members]) + self.offsets[:, None]
+        chunks = taken.view(len(self.members), steps, size).transpose(0, 1).contiguous().to(self.device)
+        for chunk in chunks:
+            yield from chunk.split(self.batch_size, dim=1)
 
     def _replay(self, rows: Tensor) -> dict[str, Tensor]:
         """The update as one CUDA graph, captured after one eager update has warmed the allocator up."""
@@ -190,7 +216,7 @@ class Pack:
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, float]]:
-        """Accuracy (every answer token right, as greedy decoding would have it) and answer loss of each split."""
+        """Each member's metrics on each split."""
         results: list[dict[str, float]] = [{} for _ in self.members]
         for key, data in self._evaluation.items():
             rows = [index for index, m in enumerate(self.members) if id(m.dataset) == key]
@@ -201,26 +227,20 @@ class Pack:
         return results
 
     def _evaluate(self, parameters: dict[str, Tensor], data: EvaluationData, k: int) -> list[dict[str, float]]:
-        correct, losses = [], []
+        batches: list[dict[str, Tensor]] = []
         size = self.members[0].experiment.evaluation.batch_size
         for start in range(0, len(data.split), size):
             batch = data.split.select(slice(start, start + size))
-            tokens, positions = (x.expand(k, *x.shape) for x in (batch.tokens, batch.positions))
+            examples = Split(*(x.expand(k, *x.shape) for x in (batch.tokens, batch.positions, batch.targets)))
             with self._autocast():
-                logits = self.model.answer_logits(parameters, tokens, positions)
-            right = (logits.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
-            correct.append(right.all(-1))
-            answers = batch.targets[:, self.answer_column]
-            chosen = logits[:, :, self.answer_column]
-            picked = chosen.gather(-1, answers.clamp(min=0).expand(k, -1)[..., None])[..., 0]
-            losses.append(chosen.float().logsumexp(-1) - picked.float())
-        table = torch.stack([torch.cat(correct, dim=1).double(), torch.cat(losses, dim=1).double()])
-        means = torch.stack([table[:, :, piece].mean(-1) for piece in data.pieces.values()])  # [splits, 2, K]
+                batches.append(self.objective.evaluate(self.model, parameters, examples, data.answer))
+        table = torch.stack([torch.cat([b[name] for b in batches], dim=1).double() for name in batches[0]])
+        means = torch.stack([table[:, :, piece].mean(-1) for piece in data.pieces.values()])  # [splits, metrics, K]
         return [
             {
-                f"eval/{name}/{kind}": value
-                for name, pair in zip(data.pieces, per_member, strict=True)
-                for kind, value in zip(("accuracy", "answer_loss"), pair, strict=True)
+                f"eval/{split}/{name}": value
+                for split, values in zip(data.pieces, per_member, strict=True)
+                for name, value in zip(batches[0], values, strict=True)
             }
             for per_member in means.permute(2, 0, 1).tolist()
         ]
@@ -262,6 +282,7 @@ class EvaluationData:
 
     def __init__(self, dataset: Dataset, limit: int, device: torch.device) -> None:
         parts = {name: split.select(slice(0, limit)) for name, split in dataset.evaluation.items() if len(split)}
+        self.answer = dataset.answer.to(device)
         self.pieces: dict[str, slice] = {}
         start = 0
         for name, part in parts.items():

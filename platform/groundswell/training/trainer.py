@@ -45,7 +45,7 @@ class PackTrainer:
             return
         first = self.runs[0].experiment
         torch.set_num_threads(first.scaling.num_threads)
-        self.total = first.budget.steps
+        self.total, self.unit = first.budget.total, first.budget.unit
         members = self._create_members(resolve_device(first.scaling))
         if not members:
             return
@@ -95,7 +95,7 @@ class PackTrainer:
                 if any(name.startswith("eval/") for name in line["metrics"])
             ]
         if common:
-            self.pack.optimizer.set_step(step)
+            self.pack.set_step(step)
         self._fresh = not common
 
     # ---- the loop ----
@@ -162,7 +162,7 @@ class PackTrainer:
         if pack.step_count > self._last_step:
             rate = (pack.step_count - self._last_step) / max(now - self._last_reading, 1e-9)
             for mine in metrics:
-                mine["perf/steps_per_s"] = rate
+                mine[f"perf/{self.unit}s_per_s"] = rate
         self._last_reading, self._last_step = now, pack.step_count
         return metrics
 
@@ -181,7 +181,7 @@ class PackTrainer:
         """The state this run is in after `step`, and why."""
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            return "diverged", f"{bad[0]} is not finite at step {step}; lower optimizer.lr or set optimizer.clip_norm"
+            return "diverged", f"{bad[0]} is not finite at {self.unit} {step}; lower optimizer.lr or set optimizer.clip_norm"
         if step == self.total:
             return "finished", None
         if run.history and run.history[-1][0] == step:

@@ -26,7 +26,7 @@ def make(dtype=torch.float64):
 
 
 def test_layout_is_aligned_and_decayed_first():
-    offsets, num_decayed, row_size = layout(SPECS)
+    offsets, num_decayed, _, row_size = layout(SPECS)
     assert all(offset % ALIGNMENT == 0 for offset in offsets.values())
     assert max(offsets["weight"], offsets["embedding"]) < num_decayed <= min(offsets["bias"], offsets["scale"])
     assert row_size % ALIGNMENT == 0
