@@ -79,7 +79,7 @@ class ComplexReasoning(AttributeTask):
             self.vocabulary(),
             train={name: self._split(world, name, facts) for name, facts in train.items()},
             evaluation={name: self._split(world, name, facts) for name, facts in tests.items()},
-            Answer(slice(1, 2)),
+            answer=Answer(slice(1, 2)),
             candidates=candidates,
         )
 

@@ -131,7 +131,7 @@ class Composition(Task):
                 "train_inferred": self._split(train),
             },
             evaluation={name: self._split(rows) for name, rows in zip(names, tests, strict=True)},
-            Answer(slice(0, 1)),
+            answer=Answer(slice(0, 1)),
             candidates={"train_inferred": len(pool), "test_inferred_iid": len(iid), "test_inferred_ood": len(ood)},
         )
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from groundswell.config import ConfigError
-from groundswell.protocols import IGNORE, ParameterSpec, Split
+from groundswell.protocols import IGNORE, Answer, ParameterSpec, Split
 from models.decoder import Decoder
 from models.layers import dropout
 from models.objectives import AnswerLoss
 
+ANSWER = Answer(slice(0, 1))
 GOLDEN = Path(__file__).parents[1] / "golden" / "grokking"
 TINY = Decoder(num_layers=4, num_heads=4, width=32, num_positions=16)
 RECURRENT = TINY.with_overrides({"num_recurrences": 2})
@@ -73,7 +74,7 @@ def test_matches_the_recorded_forward_pass(variant: str, arrays: dict[str, np.nd
     torch.testing.assert_close(states, torch.tensor(arrays[f"{variant}.hidden"]), atol=1e-4, rtol=0)
 
     batch = shifted(arrays["ids"], arrays["labels"])
-    loss, _ = AnswerLoss().loss(decoder, weights, batch, 0, None)
+    loss, _ = AnswerLoss().loss(decoder, weights, batch, ANSWER, None)
     assert loss.item() == pytest.approx(float(arrays[f"{variant}.loss"]), abs=1e-5)
 
 
@@ -100,7 +101,7 @@ def test_matches_twenty_recorded_training_steps(arrays: dict[str, np.ndarray]) -
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     for step in range(20):
         loss, _ = AnswerLoss().loss(
-            TINY, weights, shifted(arrays["train.ids"][step], arrays["train.labels"][step]), 0, None
+            TINY, weights, shifted(arrays["train.ids"][step], arrays["train.labels"][step]), ANSWER, None
         )
         optimizer.zero_grad()
         loss.sum().backward()
@@ -184,7 +185,7 @@ def adam_losses(
     for step in range(1, steps + 1):
         leaves = {name: p.detach().requires_grad_(True) for name, p in parameters.items()}
         batch = random_batch([seed + 100 * (step % 4) for seed in seeds], 8, 4, 17, ignored=True)
-        loss, _ = AnswerLoss().loss(decoder, leaves, batch, 0, generators)
+        loss, _ = AnswerLoss().loss(decoder, leaves, batch, ANSWER, generators)
         loss.sum().backward()
         losses.append(loss.detach())
         with torch.no_grad():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from groundswell.protocols import IGNORE, Split
+from groundswell.protocols import IGNORE, Answer, Split
 from models.decoder import Decoder
-from models.objectives import AnswerLoss, token_losses
+from models.objectives import AnswerLoss, WordLoss, token_losses
+
+ANSWER = Answer(slice(0, 1))
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
@@ -59,7 +63,7 @@ def test_answer_loss_and_metrics_of_each_run() -> None:
     targets[1, 0, 0] = IGNORE
     tokens = torch.zeros(2, 4, 3, dtype=torch.long)
     batch = Split(tokens, torch.zeros_like(targets), targets)
-    loss, metrics = AnswerLoss().loss(Given(), {"logits": logits}, batch, 0, None)
+    loss, metrics = AnswerLoss().loss(Given(), {"logits": logits}, batch, ANSWER, None)
     for run in range(2):
         mean = F.cross_entropy(logits[run].flatten(0, 1), targets[run].flatten(), ignore_index=IGNORE)
         answer = F.cross_entropy(logits[run, :, 0], targets[run, :, 0], ignore_index=IGNORE)
@@ -74,7 +78,44 @@ def test_a_batch_without_targets_has_loss_zero() -> None:
     targets = torch.full((1, 2, 1), IGNORE)
     batch = Split(torch.zeros(1, 2, 3, dtype=torch.long), torch.zeros_like(targets), targets)
     logits = torch.randn(1, 2, 1, 5, requires_grad=True)
-    loss, metrics = AnswerLoss().loss(Given(), {"logits": logits}, batch, 0, None)
+    loss, metrics = AnswerLoss().loss(Given(), {"logits": logits}, batch, ANSWER, None)
     loss.sum().backward()
     assert loss.item() == 0.0 and metrics["answer_loss"].item() == 0.0
     assert logits.grad is not None and not logits.grad.any()
+
+
+def test_word_loss_and_metrics() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 3, 4, 6, generator=generator)  # four targets, the last two are the word
+    targets = torch.randint(6, (2, 3, 4), generator=generator)
+    answer = Answer(slice(-2, None), torch.tensor([-1, 0, 0, 0, 1, 1]))
+    targets[:, :, 2], targets[:, :, 3] = 2, 5
+    batch = Split(torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros_like(targets), targets)
+    loss, metrics = WordLoss().loss(Given(), {"logits": logits}, batch, answer, None)
+    losses = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(loss, losses.mean((1, 2)))
+    torch.testing.assert_close(metrics["word_nll"], losses[:, :, 2:].sum(-1).mean(-1))
+    torch.testing.assert_close(metrics["first_token_nll"], losses[:, :, 2].mean(-1))
+
+    found = WordLoss().evaluate(Given(), {"logits": logits}, batch, answer)
+    assert {value.shape for value in found.values()} == {(2, 3)}
+    torch.testing.assert_close(found["word_nll"], losses[:, :, 2:].sum(-1))
+    assert torch.equal(found["accuracy"], (logits.argmax(-1) == targets)[:, :, 2:].all(-1))
+    first = -logits[:, :, 2, 1:4].log_softmax(-1)[..., 1]
+    second = -logits[:, :, 3, 4:].log_softmax(-1)[..., 1]
+    torch.testing.assert_close(found["candidate_nll"], first + second)
+    ranks = [(logits[:, :, 2, 1:4] > logits[:, :, 2, 2:3]).sum(-1) + 1, (logits[:, :, 3, 4] > logits[:, :, 3, 5]) + 1]
+    assert torch.equal(found["rank"], torch.maximum(*ranks))
+    assert found["uniform_nll"][0, 0].item() == pytest.approx(2 * math.log(6))
+    assert found["uniform_candidate_nll"][0, 0].item() == pytest.approx(math.log(3) + math.log(2))
+    plain = WordLoss().evaluate(Given(), {"logits": logits}, batch, Answer(slice(-2, None)))
+    assert set(plain) == {"accuracy", "word_nll", "first_token_nll", "uniform_nll"}
+
+
+def test_the_word_nll_has_the_floor_of_the_original() -> None:
+    logits = torch.tensor([0.0, 400.0]).view(1, 1, 1, 2)
+    targets = torch.zeros(1, 1, 1, dtype=torch.long)
+    batch = Split(targets, targets, targets)
+    found = WordLoss().evaluate(Given(), {"logits": logits}, batch, Answer(slice(0, 1)))
+    assert found["word_nll"].item() == pytest.approx(115.13, abs=0.01)
+    assert found["first_token_nll"].item() == pytest.approx(400.0)

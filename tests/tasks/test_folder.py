@@ -39,7 +39,7 @@ def test_rows_become_padded_tensors(tmp_path: Path) -> None:
     assert dataset.train.targets.tolist() == [[y, stop], [x, stop]]
     assert list(dataset.evaluation) == ["iid", "ood"]
     assert dataset.evaluation["iid"].tokens.tolist() == [[y, y, pad], [y, y, x]]
-    assert dataset.answer_column == 0
+    assert dataset.answer.columns == slice(0, 1)
 
 
 def test_without_stop_and_with_answers_of_several_lengths(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_without_stop_and_with_answers_of_several_lengths(tmp_path: Path) -> Non
 def test_answers_in_delimiters(tmp_path: Path) -> None:
     train, test = [row("<x>", "<a><y></a>")], [row("<y>", "<a><x></a>")]
     dataset = read_folder(write(tmp_path, train=train, test=test))
-    assert dataset.answer_column == 1
+    assert dataset.answer.columns == slice(1, 2)
     assert list(dataset.evaluation) == ["test"]  # rows without a type
 
 

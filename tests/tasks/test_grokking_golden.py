@@ -154,7 +154,7 @@ def test_published_files_load_to_the_tensors_that_we_build(name: str, tmp_path: 
     for file, content in fixture["files"].items():
         (tmp_path / f"{file}.json").write_text(json.dumps(content))
     loaded = read_folder(tmp_path)
-    assert loaded.vocabulary == ours.vocabulary and loaded.answer_column == ours.answer_column
+    assert loaded.vocabulary == ours.vocabulary and loaded.answer == ours.answer
     assert list(loaded.evaluation) == list(ours.evaluation)
 
     def rows(split: Split) -> list[list[int]]:

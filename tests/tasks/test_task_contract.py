@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from groundswell.protocols import IGNORE, Dataset, Split, Task
+from tasks.chain import Chain
+from tasks.chain_related import ChainRelated
 from tasks.comparison import Comparison
 from tasks.complex_reasoning import ComplexReasoning
 from tasks.composition import Composition
 from tasks.examples import row_texts
 from tasks.folder import Folder, write_folder
 from tasks.modular_arithmetic import ModularArithmetic
+from tasks.reverse import Reverse
+from tasks.reverse_icl import ReverseICL
 from tasks.vocabulary import PAD, SPECIAL_TOKENS
 
 COMPOSITION = Composition(num_entities=20, num_relations=8, out_degree=6, phi=3, ood_fraction=0.2, iid_fraction=0.1)
@@ -33,6 +37,14 @@ TASKS = {
     "complex reasoning": ComplexReasoning(num_entities=100, num_attributes=3, num_values=5, train_fraction=0.04),
     "add": ModularArithmetic(modulus=11),
     "divide": ModularArithmetic(modulus=13, operation="divide", train_fraction=0.6),
+    "reverse": Reverse(entity_vocab_size=40),
+    "reverse of words": Reverse(entity_vocab_size=40, word_size=3),
+    "reverse in context": ReverseICL(entity_vocab_size=40, num_x_tokens=12, num_y_tokens=10),
+    "chain": Chain(entity_vocab_size=40),
+    "chain of words": Chain(entity_vocab_size=40, word_size=2, num_triples=30),
+    "chain with related tokens": ChainRelated(
+        entity_vocab_size=40, alphabet_size=30, num_train_triples=12, num_validation_triples=6
+    ),
 }
 
 
@@ -71,7 +83,10 @@ def test_two_builds_are_equal_and_another_seed_is_not(task: Task, dataset: Datas
 
 def test_shapes_and_bounds(task: Task, dataset: Dataset) -> None:
     assert len(dataset.vocabulary) == len(set(dataset.vocabulary)) == task.vocab_size
-    assert 0 <= dataset.answer_column < task.num_answers
+    assert range(task.num_answers)[dataset.answer.columns]
+    if dataset.answer.token_kinds is not None:
+        assert dataset.answer.token_kinds.shape == (task.vocab_size,)
+    assert task.num_train in (None, len(dataset.train))
     for split in splits(dataset).values():
         assert len(split) > 0
         assert split.tokens.shape == (len(split), task.max_length)
@@ -95,7 +110,7 @@ def test_targets_are_the_tokens_that_follow(task: Task, dataset: Dataset) -> Non
 def test_the_answer_column_is_no_delimiter(dataset: Dataset) -> None:
     delimiters = {index for index, token in enumerate(dataset.vocabulary) if token in (*SPECIAL_TOKENS, PAD)}
     for split in splits(dataset).values():
-        assert not delimiters & set(split.targets[:, dataset.answer_column].tolist())
+        assert not delimiters & set(split.targets[:, dataset.answer.columns].flatten().tolist())
 
 
 def test_a_prompt_has_one_answer_and_training_rows_are_distinct(dataset: Dataset) -> None:
@@ -110,7 +125,7 @@ def test_a_prompt_has_one_answer_and_training_rows_are_distinct(dataset: Dataset
 
 def test_held_out_splits_are_disjoint_from_training(task: Task, dataset: Dataset) -> None:
     train = {prompt for prompt, _ in row_texts(dataset.train, dataset.vocabulary)}
-    held_out = {name for name in dataset.evaluation if name.startswith("test")}
+    held_out = {name for name in dataset.evaluation if name.startswith(("test", "validation"))}
     if isinstance(task, ComplexReasoning):
         held_out.add("ood_atomic")
     assert held_out
@@ -137,7 +152,7 @@ def test_written_and_read_back_it_is_the_same(task: Task, dataset: Dataset, tmp_
     loaded = folder.build()
     assert_equal(dataset, loaded)
     assert loaded.manifest["sha256"] == dataset.manifest["sha256"]
-    assert loaded.answer_column == dataset.answer_column
+    assert loaded.answer.columns == dataset.answer.columns
     assert loaded.vocabulary == (*(token for token in dataset.vocabulary if token != PAD), PAD)
     assert (folder.max_length, folder.num_answers) == (task.max_length, task.num_answers)
     assert folder.vocab_size == len(loaded.vocabulary)
