@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from groundswell.config import ConfigError
@@ -52,6 +52,11 @@ class Decoder(Model):
     num_recurrences: int = Field(1, gt=0, description="passes of the whole block stack, without a norm in between")
     re_embed: bool = Field(False, description="before passes 2..: x += softmax(temperature * x E^T) E, E the embedding")
     re_embed_temperature: float = Field(1.0, gt=0, description="factor on the scores of re_embed")
+
+    @field_validator("position_encoding", mode="before")
+    @classmethod
+    def _null_is_a_name(cls, value: Any) -> Any:
+        return "null" if value is None else value  # what JSON and YAML make of the bare word
 
     @model_validator(mode="after")
     def _check(self) -> Decoder:

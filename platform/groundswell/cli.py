@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from groundswell.config import ConfigError, parse_value, suggest
+from groundswell.config import CLASS_KEY, ConfigError, parse_value, suggest
 from groundswell.experiment import Experiment
 from groundswell.sweep import Axis, Sweep
 
@@ -122,31 +122,42 @@ def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, 
             raise ConfigError(f"{path} is an axis of this sweep; set its values with --axis {path}=V1,V2")
         if isinstance(value, bool) and sweep.base.has(path) and not isinstance(sweep.base.get(path), bool):
             raise ConfigError(f"{path}: needs a value, for instance --{path} {sweep.base.get(path)}")
-    base = sweep.base.with_overrides(dict(fields))
-    axes = {  # a part that was replaced need not have all that the axis used to set
-        path: axis.model_copy(update={"also": tuple(other for other in axis.also if base.has(other))})
-        for path, axis in sweep.axes.items()
-    }
-    for text in options.axis:
-        path, equals, values = text.partition("=")
-        path = path.replace("-", "_")
-        if not equals or not values:
-            raise ConfigError(f"--axis {text}: write PATH=V1,V2,..., for instance --axis optimizer.lr=1e-3,3e-3")
-        base.get(path)  # names a misspelt field
-        parsed = tuple(parse_value(value) for value in values.split(","))
-        axes[path] = (
-            axes[path].model_copy(update={"values": parsed, "low": None, "high": None})
-            if path in axes
-            else Axis(values=parsed)
-        )
+    replaced = {path.removesuffix(f".{CLASS_KEY}") for path in fields if path.endswith(f".{CLASS_KEY}")}
+    axes = _replace_axes({path: axis for path, axis in sweep.axes.items() if path not in replaced}, options.axis)
+    start = sweep.base  # with what the first value of each named axis stands for: what the fields are checked against
+    for path, axis in axes.items():
+        if axis.named is not None:
+            start = start.with_overrides(axis.overrides(path, axis.values[0]))
+    base = start.with_overrides(dict(fields))
+    for path, axis in axes.items():
+        if axis.named is None:
+            base.get(path)  # names a misspelt field
+            # a part that was replaced need not have all that the axis used to set
+            axes[path] = axis.model_copy(update={"also": tuple(other for other in axis.also if base.has(other))})
     parts = [sweep.name, preset]
     if options.search != "grid":
         parts.append(options.search)
     if options.scheduler != "none":
         parts.append(options.scheduler)
-    if base != sweep.base:
+    if base != start or replaced:
         parts.append(base.identity[:6])
-    return dataclasses.replace(sweep, name="-".join(parts), base=base, axes=axes)
+    return dataclasses.replace(sweep, name="-".join(parts), base=base, axes=axes, fields=dict(fields))
+
+
+def _replace_axes(axes: dict[str, Axis], options: Sequence[str]) -> dict[str, Axis]:
+    """Apply --axis PATH=V1,V2."""
+    for text in options:
+        path, equals, values = text.partition("=")
+        path = path.replace("-", "_")
+        if not equals or not values:
+            raise ConfigError(f"--axis {text}: write PATH=V1,V2,..., for instance --axis optimizer.lr=1e-3,3e-3")
+        parsed = tuple(parse_value(value) for value in values.split(","))
+        old = dict(axes[path]) if path in axes else {}
+        try:
+            axes[path] = Axis.from_dict(old | {"values": parsed, "low": None, "high": None})
+        except ConfigError as error:
+            raise ConfigError(f"--axis {path}: {error}") from None
+    return axes
 
 
 def _preset(arguments: Sequence[str], presets: Mapping[str, str], default: str) -> str:

@@ -82,6 +82,7 @@ class Config(BaseModel):
         for part in parts:
             _check_path(self, part)
             _place(values, part, {CLASS_KEY: overrides[f"{part}.{CLASS_KEY}"]})
+        parts |= {path for path, value in overrides.items() if isinstance(value, Component)}
         for path, value in overrides.items():
             if not any(path.startswith(f"{part}.") for part in parts):  # else: the new class checks its fields
                 _check_path(self, path)

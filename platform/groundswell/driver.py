@@ -18,10 +18,12 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 
 from groundswell import cluster
 from groundswell.config import ConfigError
 from groundswell.files import atomic_write, ensure_writable
+from groundswell.probes import run_probes
 from groundswell.progress import Progress
 from groundswell.report import finish_report
 from groundswell.results import load_results
@@ -29,6 +31,7 @@ from groundswell.rundir import RunFolder, SweepFolder
 from groundswell.sweep import PlannedRun, Sweep, cost, make_packs, unique_runs
 from groundswell.tracking import Tracker
 
+log = logging.getLogger(__name__)
 WORKER_RETRIES = 3  # times a pack whose process died is started again from its checkpoint
 TRACKING_DELAY_SECONDS = 15.0  # workers start sooner when the driver does not import MLflow at the same time
 DRAIN_SECONDS = 60.0  # how long the end waits for a slow tracking store
@@ -94,6 +97,7 @@ class Driver:
                 self._say_how_to_go_on()
             else:
                 planned = list(self.planned.values())
+                self._probe(planned, tracker)
                 results = load_results(self.folder, planned, tuple(self.sweep.axes), self.sweep.replicate_axis)
                 tracker.log_outputs(finish_report(self.sweep, results, self.folder, self.console))
         finally:
@@ -101,6 +105,20 @@ class Driver:
             if leftover:
                 self.console.print(f"[yellow]{leftover}[/]", soft_wrap=True)
         return self._exit_code()
+
+    def _probe(self, planned: Sequence[PlannedRun], tracker: Tracker) -> None:
+        """Ask the sweep's probes of each run's last checkpoint; one that cannot answer does not stop the others."""
+        for run in planned if self.sweep.probes else ():
+            folder = self.folder.run(run.run_id)
+            if not folder.checkpoint_steps():
+                continue
+            try:
+                if run_probes(folder, self.sweep.probes):
+                    tracker.look_again(run.run_id)
+            except Exception as error:
+                log.exception("probing run %s failed", run.run_id)
+                text = f"[yellow]not probed:[/] {escape(run.name)} ({run.run_id}): {escape(str(error))}"
+                self.console.print(text, soft_wrap=True, highlight=False)
 
     # ---- training ----
 

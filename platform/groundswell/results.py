@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
+from groundswell import probes
 from groundswell.rundir import SweepFolder
 from groundswell.sweep import PlannedRun
 
@@ -21,6 +23,7 @@ class Results:
     history: pd.DataFrame
     axes: tuple[str, ...]
     replicate_axis: str
+    folder: SweepFolder | None = None
 
     @property
     def setting_axes(self) -> list[str]:
@@ -34,6 +37,14 @@ class Results:
             columns={metric: "value"}
         )
         return rows.merge(self.runs[["run_id", *self.axes]], on="run_id")
+
+    def answer(self, run_id: str, probe: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Scalars and arrays that a probe found in a run's newest probed checkpoint; empty where it was not asked."""
+        found = probes.answers(self.folder.run(run_id)) if self.folder else {}
+        paths = [path for (_, name), path in sorted(found.items()) if name == probe]
+        if not paths:
+            return {}, {}
+        return probes.scalars(paths[-1]), {path.stem: np.load(path) for path in sorted(paths[-1].glob("*.npy"))}
 
 
 def load_results(
@@ -57,4 +68,4 @@ def load_results(
         )
         readings += [{"run_id": run.run_id, "step": line["step"], **line["metrics"]} for line in run_folder.journal()]
     history = pd.DataFrame(readings) if readings else pd.DataFrame(columns=["run_id", "step"])
-    return Results(pd.DataFrame(rows), history, tuple(axes), replicate_axis)
+    return Results(pd.DataFrame(rows), history, tuple(axes), replicate_axis, folder)

@@ -12,14 +12,16 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from groundswell.config import Config, ConfigError
+from groundswell.config import Config, ConfigError, suggest
 from groundswell.experiment import Experiment
+from groundswell.probes import Probe
 
 
 class Axis(Config):
     """One dimension of the search: the values of a grid, or a range for random search and Optuna.
 
     `also` names further paths that take the same value (for instance the task's seed along with the run's).
+    `named` makes the axis one of names, each of which stands for several fields: name -> {dotted path: value}.
     Random search and Optuna draw from the range where one is given, else from the values.
     """
 
@@ -29,9 +31,18 @@ class Axis(Config):
     log: bool = Field(False, description="uniform in the logarithm")
     integer: bool = False
     also: tuple[str, ...] = ()
+    named: Mapping[str, Mapping[str, Any]] | None = None
+
+    @classmethod
+    def of_names(cls, named: Mapping[str, Mapping[str, Any]]) -> Axis:
+        """All names, in order."""
+        return cls(values=tuple(named), named=named)
 
     @model_validator(mode="after")
     def _check(self) -> Axis:
+        for value in self.values if self.named is not None else ():
+            if value not in self.named:
+                raise ValueError(f"no such value '{value}'; {suggest(str(value), list(self.named))}")
         if (self.low is None) != (self.high is None):
             raise ValueError("a range needs both low and high")
         if self.low is not None and self.high is not None:
@@ -42,6 +53,10 @@ class Axis(Config):
         elif not self.values:
             raise ValueError("needs values, or a range (low, high)")
         return self
+
+    def overrides(self, path: str, value: Any) -> dict[str, Any]:
+        """The fields that this value of the axis sets."""
+        return dict(self.named[value]) if self.named is not None else dict.fromkeys((path, *self.also), value)
 
     def sample(self, generator: np.random.Generator) -> Any:
         if self.low is None or self.high is None:
@@ -74,7 +89,8 @@ class Sweep:
     """What a sweep file builds.
 
     `metric` at a run's last evaluation is what Optuna and the schedulers look at. `replicate_axis` is averaged over:
-    each setting is run once for each of its values. `report` turns the results into a table and figures.
+    each setting is run once for each of its values. `probes` are asked of each run's last checkpoint. `report` turns the
+    results into a table and figures. `fields` win over what named axes set (they come from the command line).
     """
 
     name: str
@@ -84,6 +100,8 @@ class Sweep:
     mode: Literal["max", "min"] = "max"
     replicate_axis: str = "seed"
     report: Callable[..., Any] | None = field(default=None, compare=False)
+    probes: tuple[Probe, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def replicates(self) -> tuple[Any, ...]:
         axis = self.axes.get(self.replicate_axis)
@@ -116,13 +134,19 @@ class Sweep:
             axes = dict(setting)
             if self.replicate_axis in self.axes:
                 axes[self.replicate_axis] = replicate
-            overrides = {path: value for key, value in axes.items() for path in (key, *self.axes[key].also)}
-            name = run_name(axes)
+            named = {key: value for key, value in axes.items() if self.axes[key].named is not None}
+            overrides: dict[str, Any] = {}
+            for key, value in named.items():
+                overrides |= self.axes[key].overrides(key, value)
+            overrides |= self.fields if named else {}  # else the base has them
+            for key, value in axes.items():
+                overrides |= {} if key in named else self.axes[key].overrides(key, value)
             try:
                 experiment = self.base.with_overrides(overrides)
             except ConfigError as error:
-                raise ConfigError(f"{error} (run {name})") from None
-            planned.append(PlannedRun(experiment, axes, name))
+                raise ConfigError(f"{error} (run {run_name(axes)})") from None
+            axes = {key: value if key in named else _plain(experiment.get(key), value) for key, value in axes.items()}
+            planned.append(PlannedRun(experiment, axes, run_name(axes)))
         return planned
 
     def describe(self) -> dict[str, Any]:
@@ -134,6 +158,11 @@ class Sweep:
             "axes": {path: axis.to_dict() for path, axis in self.axes.items()},
             "base": self.base.to_dict(),
         }
+
+
+def _plain(parsed: Any, given: Any) -> Any:
+    """A field's value as the experiment has it (the bare word null may be a name), where that is a plain value."""
+    return parsed if isinstance(parsed, str | int | float) else given
 
 
 def run_name(axes: Mapping[str, Any]) -> str:

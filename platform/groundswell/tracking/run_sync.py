@@ -7,6 +7,7 @@ are then sent again with the journal's own timestamps, and runs and models are f
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from groundswell import probes
 from groundswell.files import atomic_write
 from groundswell.rundir import FINAL_STATES, JournalTail, RunFolder, Status
 from groundswell.tracking.names import flatten, key_name, model_name, param_value, tag_value
@@ -52,6 +54,7 @@ class Memory:
     params: bool = False
     description: str = ""  # run.json as last written to the store
     checkpoints: list[str] = field(default_factory=list)
+    probes: list[str] = field(default_factory=list)  # "step-N/<probe>/<digest of its scalars>"
     model_id: str | None = None
     state: str | None = None  # last state written; "interrupted" for a run that an ended driver left half-done
     ignored: bool = False  # somebody deleted the MLflow run: leave it so
@@ -66,6 +69,8 @@ class Memory:
 
 
 class RunSync:
+    _WATCHED = ("metrics.jsonl", "status.json", "run.json", "checkpoints")
+
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.number = int(folder.description().get("number", 0))
@@ -88,7 +93,7 @@ class RunSync:
         atomic_write(self._memory_path, json.dumps(asdict(self.memory), indent=1) + "\n", sync=False)
 
     def _signature(self) -> tuple[Any, ...]:
-        return tuple(_stat(self.folder.path / n) for n in ("metrics.jsonl", "status.json", "run.json", "checkpoints"))
+        return tuple(_stat(self.folder.path / n) for n in self._WATCHED) + tuple(self._answers())
 
     # ---- the work ----
 
@@ -117,11 +122,12 @@ class RunSync:
     def _push(self, store: Store, parent: Parent, status: Status) -> bool:
         lines = self._new_lines()
         checkpoints = self._new_checkpoints(status)
+        answers = {key: value for key, value in self._answers().items() if key not in self.memory.probes}
         tags = self._changed_tags(parent)
         # A half-done run is shown as running again only when it trains again.
         idle = self.memory.state == "interrupted" and not status.is_final and not lines
         new_state = status.state != self.memory.state and not idle
-        if not (lines or checkpoints or tags or new_state or not self.memory.params):
+        if not (lines or checkpoints or answers or tags or new_state or not self.memory.params):
             return False
         run = self._ensure_run(store, parent, status)
         if lines and not self._reconciled:
@@ -129,6 +135,8 @@ class RunSync:
         self._write(store, run, lines, tags)
         for folder in checkpoints:
             self._log_checkpoint(store, run, folder)
+        for key, (step, path) in answers.items():
+            self._log_answer(store, run, key, step, path)
         if new_state and status.state != self.memory.state:
             self._write_state(store, parent, run, status)
         return True
@@ -208,6 +216,24 @@ class RunSync:
             store.log_files(run, f"checkpoints/{folder.name}", files, link=True)
             self.memory.checkpoints.append(folder.name)
             self._save()
+
+    def _answers(self) -> dict[str, tuple[int, Path]]:
+        """Answers of probes: a key that changes with them -> step, folder."""
+        found = probes.answers(self.folder)
+        return {
+            f"{path.parent.name}/{name}/{hashlib.sha256((path / probes.QUESTION).read_bytes()).hexdigest()[:8]}": (step, path)
+            for (step, name), path in found.items()
+        }
+
+    def _log_answer(self, store: Store, run: StoredRun, key: str, step: int, path: Path) -> None:
+        """Scalars as metrics at the checkpoint's step, the files as artifacts."""
+        now = time.time_ns() // 1_000_000
+        readings = [(key_name(name), float(value), now, step) for name, value in probes.scalars(path).items()]
+        for start in range(0, len(readings), MAX_METRICS):
+            store.log_batch(run.run_id, readings[start : start + MAX_METRICS])
+        store.log_files(run, f"probes/{path.parent.name}/{path.name}", sorted(path.iterdir()))
+        self.memory.probes.append(key)
+        self._save()
 
     def _write_state(self, store: Store, parent: Parent, run: StoredRun, status: Status) -> None:
         tags: dict[str, str] = {"groundswell.state": status.state}
@@ -322,8 +348,6 @@ def _covering_names(lines: Sequence[dict[str, Any]]) -> set[str]:
 
 def _experiment_hash(folder: RunFolder) -> str:
     """sha256 of the canonical JSON, as `Experiment.identity`, without importing the experiment's classes."""
-    import hashlib
-
     text = json.dumps(folder.experiment_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -85,6 +85,11 @@ class Tracker:
         self._own.add_outputs({name: Path(path) for name, path in paths.items()})
         self._wake.set()
 
+    def look_again(self, run_id: str) -> None:
+        """Something has come to a run that was at its end."""
+        self._done.discard(run_id)
+        self._wake.set()
+
     def pending(self) -> int:
         """Journal lines, endings and outputs that MLflow does not have yet, read from disk."""
         lines = sum(backlog(folder, self.uri) for folder in self.sweep.runs() if folder.run_id not in self._done)
