@@ -78,7 +78,9 @@ class WordLoss(Objective):
         uniform = torch.full_like(losses[:, :, 0], targets.shape[-1] * math.log(logits.shape[-1]))
         if answer.token_kinds is None:
             return metrics | {"uniform_nll": uniform}
-        other = answer.token_kinds != answer.token_kinds[targets].unsqueeze(-1)  # [K, B, A, V]
+        kinds = answer.token_kinds.expand(len(targets), -1)
+        own = kinds.gather(1, targets.flatten(1)).view_as(targets)
+        other = kinds[:, None, None, :] != own.unsqueeze(-1)  # [K, B, A, V]
         among = logits.masked_fill(other, float("-inf"))
         rank = (among > logits.gather(-1, targets.unsqueeze(-1))).sum(-1).amax(-1) + 1
         candidates = (~other).sum(-1).to(losses.dtype).log().sum(-1)

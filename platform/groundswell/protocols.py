@@ -35,7 +35,7 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         return Split(self.tokens.to(device), self.positions.to(device), self.targets.to(device))
 
-    def select(self, rows: Tensor | slice) -> Split:
+    def select(self, rows: Tensor | slice | tuple[slice, ...]) -> Split:
         return Split(self.tokens[rows], self.positions[rows], self.targets[rows])
 
 
@@ -44,7 +44,8 @@ class Answer:
     """What metrics of answers need to know about a data set."""
 
     columns: slice  # which of the A answer columns are the answer proper (others are delimiters, or further targets)
-    token_kinds: Tensor | None = None  # [V] int64: tokens of one kind could stand in for each other; -1: never an answer
+    # [V] int64 ([K, V] in a pack): tokens of one kind could stand in for each other; -1: never an answer
+    token_kinds: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Answer:
         return Answer(self.columns, None if self.token_kinds is None else self.token_kinds.to(device))

@@ -223,7 +223,7 @@ def test_dropout_masks_of_a_pack_are_those_of_its_members() -> None:
         alone = dropout(ones[:1], 0.3, [torch.Generator().manual_seed(seed)])
         assert torch.equal(packed[seed], alone[0])
     assert not torch.equal(packed[0], packed[1])
-    assert packed.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    assert packed.unique().tolist() == [0.0, pytest.approx(1 / 0.7, rel=1e-4)]
     assert 0.25 < (packed == 0).float().mean() < 0.35
 
 
@@ -241,7 +241,7 @@ def test_dropout_acts_on_embeddings_attention_and_branches(length: int) -> None:
     full, pruned = 4 * length * 8, 4 * 2 * 8
     sizes = [full, 4 * 2 * length * length, full, full, 4 * 2 * 2 * length, pruned, pruned]
     for size in sizes:
-        torch.empty(size, dtype=torch.float64).bernoulli_(0.5, generator=reference)
+        torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=reference)  # 16 bits each
     assert torch.equal(generator.get_state(), reference.get_state())
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,10 +129,15 @@ class Pack:
         )
         self.offsets = torch.tensor([offsets[id(m.dataset)] for m in self.members])
         self.answer = self.members[0].dataset.answer.to(self.device)
-        self._evaluation: dict[int, EvaluationData] = {}
-        for key, dataset in unique.items():
-            limit = self.members[0].experiment.evaluation.max_examples
-            self._evaluation[key] = EvaluationData(dataset, limit, self.device)
+        limit = self.members[0].experiment.evaluation.max_examples
+        groups: dict[Any, list[int]] = {}  # members whose splits are of one size are evaluated together
+        for row, member in enumerate(self.members):
+            sizes = tuple((name, min(len(split), limit)) for name, split in member.dataset.evaluation.items())
+            groups.setdefault(sizes, []).append(row)
+        self._evaluation = [
+            EvaluationData([self.members[row].dataset for row in rows], rows, limit, self.device)
+            for rows in groups.values()
+        ]
 
     # ---- training ----
 
@@ -218,22 +224,19 @@ class Pack:
     def evaluate(self) -> list[dict[str, float]]:
         """Each member's metrics on each split."""
         results: list[dict[str, float]] = [{} for _ in self.members]
-        for key, data in self._evaluation.items():
-            rows = [index for index, m in enumerate(self.members) if id(m.dataset) == key]
-            if rows:
-                parameters = self.parameters.select(rows)
-                for index, metrics in zip(rows, self._evaluate(parameters, data, len(rows)), strict=True):
-                    results[index] = metrics
+        for data in self._evaluation:
+            parameters = self.parameters.select(data.rows)
+            for index, metrics in zip(data.rows, self._evaluate(parameters, data), strict=True):
+                results[index] = metrics
         return results
 
-    def _evaluate(self, parameters: dict[str, Tensor], data: EvaluationData, k: int) -> list[dict[str, float]]:
+    def _evaluate(self, parameters: dict[str, Tensor], data: EvaluationData) -> list[dict[str, float]]:
         batches: list[dict[str, Tensor]] = []
         size = self.members[0].experiment.evaluation.batch_size
-        for start in range(0, len(data.split), size):
-            batch = data.split.select(slice(start, start + size))
-            examples = Split(*(x.expand(k, *x.shape) for x in (batch.tokens, batch.positions, batch.targets)))
+        for start in range(0, data.examples.tokens.shape[1], size):
+            batch = data.examples.select((slice(None), slice(start, start + size)))
             with self._autocast():
-                batches.append(self.objective.evaluate(self.model, parameters, examples, data.answer))
+                batches.append(self.objective.evaluate(self.model, parameters, batch, data.answer))
         table = torch.stack([torch.cat([b[name] for b in batches], dim=1).double() for name in batches[0]])
         means = torch.stack([table[:, :, piece].mean(-1) for piece in data.pieces.values()])  # [splits, metrics, K]
         return [
@@ -278,19 +281,27 @@ class Pack:
 
 
 class EvaluationData:
-    """All evaluation splits of one data set end to end, so that one forward pass serves them."""
+    """All evaluation splits of some members end to end, so that one forward pass serves them: tensors [K, N, ...]."""
 
-    def __init__(self, dataset: Dataset, limit: int, device: torch.device) -> None:
-        parts = {name: split.select(slice(0, limit)) for name, split in dataset.evaluation.items() if len(split)}
-        self.answer = dataset.answer.to(device)
+    def __init__(self, datasets: Sequence[Dataset], rows: Sequence[int], limit: int, device: torch.device) -> None:
+        self.rows = list(rows)
         self.pieces: dict[str, slice] = {}
         start = 0
-        for name, part in parts.items():
-            self.pieces[name] = slice(start, start + len(part))
-            start += len(part)
-        self.split = Split(
-            *(
-                torch.cat([getattr(p, name) for p in parts.values()]).to(device)
-                for name in ("tokens", "positions", "targets")
-            )
-        )
+        for name, split in datasets[0].evaluation.items():
+            if len(split):
+                self.pieces[name] = slice(start, start + min(len(split), limit))
+                start = self.pieces[name].stop
+        unique = list({id(dataset): dataset for dataset in datasets}.values())
+        shared = len(unique) == 1  # then one copy serves all
+
+        def whole(name: str) -> Tensor:
+            ends = [torch.cat([getattr(d.evaluation[p], name)[:limit] for p in self.pieces]) for d in unique]
+            if shared:
+                return ends[0].to(device).expand(len(datasets), *ends[0].shape)
+            order = {id(dataset): end for dataset, end in zip(unique, ends, strict=True)}
+            return torch.stack([order[id(dataset)] for dataset in datasets]).to(device)
+
+        self.examples = Split(whole("tokens"), whole("positions"), whole("targets"))
+        kinds = [dataset.answer.token_kinds for dataset in datasets]
+        stacked = None if kinds[0] is None else torch.stack([kind for kind in kinds if kind is not None])
+        self.answer = Answer(datasets[0].answer.columns, stacked).to(device)
