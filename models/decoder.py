@@ -19,7 +19,20 @@ from torch import Tensor
 from groundswell.config import ConfigError
 from groundswell.protocols import Model, Parameters, ParameterSpec, Task
 from models import huggingface
-from models.layers import ACTIVATIONS, Generators, attention, dropout, embed, layer_norm, linear, rotate, scores, take
+from models.attention import SHORT, attention
+from models.fused import PARTS, FusedBlock, Geometry
+from models.layers import (
+    ACTIVATIONS,
+    Generators,
+    dropout,
+    embed,
+    keep_mask,
+    layer_norm,
+    linear,
+    rotate,
+    scores,
+    take,
+)
 
 WTE = "transformer.wte.weight"
 WPE = "transformer.wpe.weight"
@@ -150,6 +163,8 @@ class Decoder(Model):
         With `positions` [K, B, A] only those tokens come out, [K, B, A, d]; the others serve as keys and values.
         """
         name = f"transformer.h.{layer % self.num_layers}."
+        if self._can_fuse(x):
+            return self._fused_block(parameters, name, x, positions, generators)
         rows = _rows(x)
         normal = self._norm(parameters, f"{name}ln_1", rows)
         weight, bias = _weights(parameters, f"{name}attn.c_attn")
@@ -173,6 +188,26 @@ class Decoder(Model):
         hidden = linear(self._norm(parameters, f"{name}ln_2", rows), *_weights(parameters, f"{name}mlp.c_fc"))
         branch = linear(ACTIVATIONS[self.activation](hidden), *_weights(parameters, f"{name}mlp.c_proj"))
         return (rows + dropout(branch, self.dropout, generators)).view(*mixed.shape)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """The written-out block is for CPUs and plain GPT-2s."""
+        plain = self.layer_norm and self.activation == "gelu_new" and self.position_encoding != "rotary"
+        return plain and x.shape[2] <= SHORT and not (x.is_cuda or torch.compiler.is_compiling())
+
+    def _fused_block(
+        self, parameters: Parameters, name: str, x: Tensor, positions: Tensor | None, generators: Generators | None
+    ) -> Tensor:
+        num_runs, batch, length, width = x.shape
+        num_queries = length if positions is None else positions.shape[-1]
+        masks: list[Tensor | None] = [None, None, None]
+        out = (num_runs, batch, num_queries, width)
+        if generators is not None and self.dropout > 0:
+            shape = (num_runs * batch, self.num_heads, num_queries, length)
+            masks[0] = keep_mask(shape, self.dropout, generators, x)
+            masks[1:] = [_rows(keep_mask(out, self.dropout, generators, x)) for _ in range(2)]
+        weights = [tensor for part in PARTS for tensor in _weights(parameters, f"{name}{part}")]
+        geometry = Geometry(num_runs, batch, length, num_queries, self.num_heads)
+        return FusedBlock.apply(_rows(x), positions, geometry, tuple(masks), *weights).view(out)
 
     def before_block(self, parameters: Parameters, layer: int, x: Tensor) -> Tensor:
         """What happens to the residual stream between two passes: nothing, or re-embedding."""

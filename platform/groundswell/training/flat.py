@@ -89,8 +89,8 @@ class PackedAdamW:
         self.flat, self.grad = parameters.flat.detach()[:, trained], parameters.grad[:, trained]
         self.exp_avg = torch.zeros_like(self.flat)
         self.exp_avg_sq = torch.zeros_like(self.flat)
-        self.grad_norm = torch.zeros(len(settings), device=parameters.flat.device, dtype=parameters.flat.dtype)
         self.on_cpu = parameters.flat.device.type == "cpu"
+        self._norm = torch.zeros(len(settings), device=parameters.flat.device, dtype=parameters.flat.dtype)
         self._clips = any(s.clip_norm for s in settings)
         self._clip_norm = self._column([s.clip_norm or math.inf for s in settings])
         if not self.on_cpu:
@@ -117,15 +117,22 @@ class PackedAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Clip, then update. Update number s (from 0) uses lr * min(1, s / warmup_steps)."""
-        grad = self.grad
-        torch.linalg.vector_norm(grad, dim=1, out=self.grad_norm)
         if self._clips:
-            grad.mul_((self._clip_norm.to(grad.dtype) / (self.grad_norm[:, None] + 1e-6)).clamp_(max=1.0))
+            self._norm = self._gradient_norm()
+            self.grad.mul_((self._clip_norm.to(self.grad.dtype) / (self._norm[:, None] + 1e-6)).clamp_(max=1.0))
         if self.on_cpu:
             self._step_rows()
         else:
             self._step_flat()
         self.step_count += 1
+
+    def _gradient_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.grad, dim=1)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norms [K] of the last update's gradients, before clipping."""
+        return self._norm if self._clips else self._gradient_norm()
 
     def _step_rows(self) -> None:
         """torch's fused kernel on each row: two calls a run (decayed part, rest)."""

@@ -212,7 +212,7 @@ class Pack:
         """Each member's means since the last reading; the one place where training waits for the device."""
         names = list(self._sums)
         columns = [self._sums[name].double() / self._summed for name in names]
-        columns += [self.optimizer.grad_norm.double(), self.parameters.flat.double().norm(dim=1)]
+        columns += [self.optimizer.grad_norm.double(), torch.linalg.vector_norm(self.parameters.flat, dim=1).double()]
         names += ["grad_norm", "weight_norm"]
         table = torch.stack(columns, dim=1).tolist()
         self._sums, self._summed = {}, 0

@@ -138,7 +138,7 @@ class PackTrainer:
             if state != "running":
                 self._end(run, state, reason, step)
                 reports[run.folder.run_id].update(state=state)
-        self._drop_ended()
+        self._keep([row for row, (state, _) in enumerate(endings) if state == "running"])
         return evaluates
 
     def _current_pack(self) -> Pack:
@@ -221,8 +221,8 @@ class PackTrainer:
         run.folder.sync_journal()
         run.folder.update_status(state=state, step=step, reason=reason, ended_ms=_now_ms())
 
-    def _drop_ended(self) -> None:
-        alive = [row for row, run in enumerate(self.runs) if not run.folder.status().is_final]
+    def _keep(self, alive: Sequence[int]) -> None:
+        """Go on with these members only."""
         if len(alive) == len(self.runs):
             return
         self.runs = [self.runs[row] for row in alive]
@@ -230,11 +230,12 @@ class PackTrainer:
 
     def prune(self, run_ids: set[str], reason: str) -> None:
         """A scheduler's decision: end these runs here, keeping their state."""
+        asked = [run.folder.run_id in run_ids for run in self.runs]
         for row, run in enumerate(self.runs):
-            if run.folder.run_id in run_ids:
+            if asked[row]:
                 self._save(row)
                 self._end(run, "pruned", reason, self._current_pack().step_count)
-        self._drop_ended()
+        self._keep([row for row, ends in enumerate(asked) if not ends])
 
     def save_all(self) -> None:
         """A resumable state now: on Ctrl-C and before a worker goes away."""
