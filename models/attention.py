@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.layers import Generators, keep_mask
 
 SHORT = 16  # tokens up to which attention with explicit scores is faster than the fused kernel
 
@@ -20,19 +19,16 @@ def attention(
     key_value: Tensor,
     positions: Tensor | None,
     num_heads: int,
-    probability: float = 0.0,
-    generators: Generators | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Causal multi-head attention of A queries over T tokens.
 
     query [K, B, A, d], key_value [K, B, T, 2d], positions [K, B, A] of the queries (None: A = T, all tokens in
-    order) -> [K, B, A, d]. `probability` and `generators` are those of dropout on the attention weights.
+    order) -> [K, B, A, d]. `mask` [K, B, H, A, T], of dropout: what the attention weights are multiplied with.
     """
     num_runs, batch, num_queries, width = query.shape
     length = key_value.shape[2]
     rows, head = num_runs * batch, width // num_heads
-    drops = generators is not None and probability > 0.0
-    mask = keep_mask((rows, num_heads, num_queries, length), probability, generators, query) if drops else None
     if length <= SHORT and not (query.is_cuda or torch.compiler.is_compiling()):
         group = group_size(rows, length)
         q = query.reshape(-1, group * num_queries, width)
@@ -41,7 +37,7 @@ def attention(
         return _GroupedAttention.apply(q, kv, bias, mask, num_heads, group).view_as(query)
     q = query.reshape(rows, num_queries, num_heads, head).transpose(1, 2)
     k, v = key_value.reshape(rows, length, 2, num_heads, head).permute(2, 0, 3, 1, 4).unbind(0)
-    if length > SHORT and not drops:
+    if length > SHORT and mask is None:
         visible = None if positions is None else _visible(positions, length).view(rows, 1, num_queries, length)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=positions is None)
     else:
@@ -49,7 +45,7 @@ def attention(
             positions = torch.arange(length, device=query.device).expand(num_runs, batch, length)
         hidden = ~_visible(positions, length).view(rows, 1, num_queries, length)
         weights = (torch.matmul(q, k.transpose(-1, -2)) * head**-0.5).masked_fill(hidden, float("-inf")).softmax(-1)
-        mixed = torch.matmul(weights if mask is None else weights * mask, v)
+        mixed = torch.matmul(weights if mask is None else weights * mask.flatten(0, 1), v)
     return mixed.transpose(1, 2).reshape(query.shape)
 
 
@@ -103,7 +99,7 @@ def grouped_forward(
     """Attention over M groups of short examples laid end to end; `bias` keeps the examples of a group apart.
 
     query [M, A, d], key_value [M, T, 2d], bias [A, T] or [M, A, T] -> [M, A, d], and what `grouped_backward` needs.
-    `mask` [M * group, H, A / group, T / group], of dropout: what an example's weights are multiplied with.
+    `mask` [K, B, H, A / group, T / group], of dropout: what an example's weights are multiplied with.
     """
     rows, num_queries, width = query.shape
     length, head = key_value.shape[1], width // num_heads
@@ -118,7 +114,7 @@ def grouped_forward(
     weights = _softmax(logits)
     if mask is not None:  # what it does outside of an example's own block meets weights of zero
         apart = (rows, group, num_heads, num_queries // group, 1, length // group)
-        mask = mask.view(apart).transpose(1, 2).expand(-1, -1, -1, -1, group, -1).reshape(weights.shape)
+        mask = mask.reshape(apart).transpose(1, 2).expand(-1, -1, -1, -1, group, -1).reshape(weights.shape)
     mixed = torch.bmm(weights if mask is None else weights * mask, v)
     return _join_heads(mixed, rows), (q, kv, weights, mask)
 

@@ -26,7 +26,7 @@ from models.layers import (
     Generators,
     dropout,
     embed,
-    keep_mask,
+    keep_masks,
     layer_norm,
     linear,
     rotate,
@@ -37,6 +37,7 @@ from models.layers import (
 WTE = "transformer.wte.weight"
 WPE = "transformer.wpe.weight"
 HEAD = "lm_head.weight"
+Masks = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Decoder(Model):
@@ -163,8 +164,10 @@ class Decoder(Model):
         With `positions` [K, B, A] only those tokens come out, [K, B, A, d]; the others serve as keys and values.
         """
         name = f"transformer.h.{layer % self.num_layers}."
+        masks = self._dropout_masks(x, positions, generators)
         if self._can_fuse(x):
-            return self._fused_block(parameters, name, x, positions, generators)
+            return self._fused_block(parameters, name, x, positions, masks)
+        attention_mask, branch_mask, mlp_mask = masks
         rows = _rows(x)
         normal = self._norm(parameters, f"{name}ln_1", rows)
         weight, bias = _weights(parameters, f"{name}attn.c_attn")
@@ -182,12 +185,23 @@ class Decoder(Model):
             query = rotate(query, positions, length, heads, turned)
             key, value = key_value.chunk(2, -1)
             key_value = torch.cat([rotate(key, None, length, heads, turned), value], -1)
-        mixed = attention(query, key_value, positions, self.num_heads, self.dropout, generators)
+        mixed = attention(query, key_value, positions, self.num_heads, attention_mask)
         branch = linear(_rows(mixed), *_weights(parameters, f"{name}attn.c_proj"))
-        rows = rows + dropout(branch, self.dropout, generators)
+        rows = rows + (branch if branch_mask is None else branch * _rows(branch_mask))
         hidden = linear(self._norm(parameters, f"{name}ln_2", rows), *_weights(parameters, f"{name}mlp.c_fc"))
         branch = linear(ACTIVATIONS[self.activation](hidden), *_weights(parameters, f"{name}mlp.c_proj"))
-        return (rows + dropout(branch, self.dropout, generators)).view(*mixed.shape)
+        return (rows + (branch if mlp_mask is None else branch * _rows(mlp_mask))).view(*mixed.shape)
+
+    def _dropout_masks(self, x: Tensor, positions: Tensor | None, generators: Generators | None) -> Masks:
+        """A block's three, drawn together: for attention weights [K, B, H, A, T] and for both branches [K, B, A, d]."""
+        if generators is None or self.dropout == 0.0:
+            return None, None, None
+        _, batch, length, width = x.shape
+        num_queries = length if positions is None else positions.shape[-1]
+        branch = (batch, num_queries, width)
+        shapes = [(batch, self.num_heads, num_queries, length), branch, branch]
+        first, second, third = keep_masks(shapes, self.dropout, generators, x)
+        return first, second, third
 
     def _can_fuse(self, x: Tensor) -> bool:
         """The written-out block is for CPUs and plain GPT-2s."""
@@ -195,19 +209,16 @@ class Decoder(Model):
         return plain and x.shape[2] <= SHORT and not (x.is_cuda or torch.compiler.is_compiling())
 
     def _fused_block(
-        self, parameters: Parameters, name: str, x: Tensor, positions: Tensor | None, generators: Generators | None
+        self, parameters: Parameters, name: str, x: Tensor, positions: Tensor | None, masks: Masks
     ) -> Tensor:
         num_runs, batch, length, width = x.shape
         num_queries = length if positions is None else positions.shape[-1]
-        masks: list[Tensor | None] = [None, None, None]
-        out = (num_runs, batch, num_queries, width)
-        if generators is not None and self.dropout > 0:
-            shape = (num_runs * batch, self.num_heads, num_queries, length)
-            masks[0] = keep_mask(shape, self.dropout, generators, x)
-            masks[1:] = [_rows(keep_mask(out, self.dropout, generators, x)) for _ in range(2)]
+        attention_mask, *others = masks
+        ours = (attention_mask, *(None if mask is None else _rows(mask) for mask in others))
         weights = [tensor for part in PARTS for tensor in _weights(parameters, f"{name}{part}")]
         geometry = Geometry(num_runs, batch, length, num_queries, self.num_heads)
-        return FusedBlock.apply(_rows(x), positions, geometry, tuple(masks), *weights).view(out)
+        rows = FusedBlock.apply(_rows(x), positions, geometry, ours, *weights)
+        return rows.view(num_runs, batch, num_queries, width)
 
     def before_block(self, parameters: Parameters, layer: int, x: Tensor) -> Tensor:
         """What happens to the residual stream between two passes: nothing, or re-embedding."""
@@ -301,7 +312,7 @@ class Decoder(Model):
 
 def _rows(x: Tensor) -> Tensor:
     """[K, B, T, d] -> [K, B*T, d], for one run [B*T, d]."""
-    return x.reshape(-1, x.shape[-1]) if len(x) == 1 else x.reshape(len(x), -1, x.shape[-1])
+    return x.flatten(0, 2) if len(x) == 1 else x.flatten(1, 2)
 
 
 def _tensor(parameters: Parameters, name: str) -> Tensor:

@@ -102,26 +102,30 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, probability: float, generators: Generators | None) -> Tensor:
-    """Drop elements of x, whose rows belong to the runs in equal parts."""
+    """Drop elements of x [K, ...]."""
     if generators is None or probability == 0.0:
         return x
-    return x * keep_mask(x.shape, probability, generators, x)
+    return x * keep_masks([x.shape[1:]], probability, generators, x)[0]
 
 
-def keep_mask(shape: Sequence[int], probability: float, generators: Generators, like: Tensor) -> Tensor:
-    """What dropout multiplies with: 0, or 1 / (1 - probability), in equal parts for the runs.
+def keep_masks(
+    shapes: Sequence[Sequence[int]], probability: float, generators: Generators, like: Tensor
+) -> list[Tensor]:
+    """What dropout multiplies with: 0, or 1 / (1 - probability). One mask [K, *shape] for each shape (of one run).
 
     Each run's part is drawn from its own generator as if the run were alone, so packing changes nothing. An element
     takes 16 random bits (CPU: 5x faster than bernoulli_), so the probability is rounded to a multiple of 2^-16.
     """
     dropped = round(probability * 2**16)
-    size = math.prod(shape) // len(generators)
-    bits = torch.empty(len(generators), -(-size // 4), dtype=torch.int64, device=like.device)
+    sizes = [math.prod(shape) for shape in shapes]
+    whole = sum(sizes)
+    bits = torch.empty(len(generators), -(-whole // 4), dtype=torch.int64, device=like.device)
     for part, generator in zip(bits.unbind(), generators, strict=True):
         part.random_(-(2**63), None, generator=generator)
-    mask = torch.empty(len(generators), size, dtype=like.dtype, device=like.device)
-    torch.ge(bits.view(torch.int16)[:, :size], dropped - 2**15, out=mask)
-    return mask.mul_(2**16 / (2**16 - dropped)).view(shape)
+    mask = torch.empty(len(generators), whole, dtype=like.dtype, device=like.device)
+    torch.ge(bits.view(torch.int16)[:, :whole], dropped - 2**15, out=mask)
+    parts = mask.mul_(2**16 / (2**16 - dropped)).split(sizes, 1)
+    return [part.unflatten(1, tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 # ---- rotary positions ----

@@ -229,7 +229,7 @@ def test_dropout_masks_of_a_pack_are_those_of_its_members() -> None:
 
 @pytest.mark.parametrize("length", [4, 20])
 def test_dropout_acts_on_embeddings_attention_and_branches(length: int) -> None:
-    """Each of GPT-2's four places draws once: 1 + 3 masks a block, of the sizes of what they drop."""
+    """GPT-2's four places: the embedding draws alone, a block's three masks are drawn together."""
     decoder = Decoder(num_layers=2, num_heads=2, width=8, dropout=0.5)
     parameters = random_parameters(decoder.parameters(13, length), [0])
     batch = random_batch([0], 4, length, 13)
@@ -239,7 +239,7 @@ def test_dropout_acts_on_embeddings_attention_and_branches(length: int) -> None:
 
     reference = torch.Generator().manual_seed(0)
     full, pruned = 4 * length * 8, 4 * 2 * 8
-    sizes = [full, 4 * 2 * length * length, full, full, 4 * 2 * 2 * length, pruned, pruned]
+    sizes = [full, 4 * 2 * length * length + 2 * full, 4 * 2 * 2 * length + 2 * pruned]
     for size in sizes:
         torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=reference)  # 16 bits each
     assert torch.equal(generator.get_state(), reference.get_state())
