@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from analysis.tables import short, spread
 from groundswell.report import Report
 from groundswell.results import Results
 from groundswell.sweep import format_value
@@ -74,14 +75,14 @@ def summarise(results: Results, train: str, held_out: str, ood: str) -> pd.DataF
         key = key if isinstance(key, tuple) else (key,)
         rows.append(
             {
-                **{_short(path): format_value(value) for path, value in zip(axes, key, strict=True)},
+                **{short(path): format_value(value) for path, value in zip(axes, key, strict=True)},
                 "runs": len(group),
                 f"step of {THRESHOLD:.0%} train": _steps(group["train_step"], group["last_step"]),
                 f"step of {THRESHOLD:.0%} held-out": _steps(group["held_out_step"], group["last_step"]),
-                "lag": _spread(group["lag"], "{:.1f}x"),
-                "train": _spread(group["train_accuracy"], "{:.2f}"),
-                "held-out": _spread(group["held_out_accuracy"], "{:.2f}"),
-                "OOD": _spread(group["ood_accuracy"], "{:.2f}") if "ood_accuracy" in group else "-",
+                "lag": spread(group["lag"], "{:.1f}x"),
+                "train": spread(group["train_accuracy"], "{:.2f}"),
+                "held-out": spread(group["held_out_accuracy"], "{:.2f}"),
+                "OOD": spread(group["ood_accuracy"], "{:.2f}") if "ood_accuracy" in group else "-",
             }
         )
     return pd.DataFrame(rows)
@@ -90,16 +91,8 @@ def summarise(results: Results, train: str, held_out: str, ood: str) -> pd.DataF
 def _steps(values: pd.Series, last: pd.Series) -> str:
     if values.isna().all():
         return f"> {int(last.max())}"
-    text = _spread(values.dropna(), "{:.0f}")
+    text = spread(values.dropna(), "{:.0f}")
     return f"{text}, > in {int(values.isna().sum())}" if values.isna().any() else text
-
-
-def _spread(values: pd.Series, form: str) -> str:
-    values = values.dropna()
-    if not len(values):
-        return "-"
-    mean, low, high = (form.format(value) for value in (values.mean(), values.min(), values.max()))
-    return mean if low == high else f"{mean} ({low}-{high})"
 
 
 def draw(results: Results, panel_axis: str, colour_axis: str, splits: Mapping[str, str]) -> Figure:
@@ -120,19 +113,15 @@ def draw(results: Results, panel_axis: str, colour_axis: str, splits: Mapping[st
                 _draw_mean_and_range(ax, mine, colour, style)
         axes[0].plot([], [], color="0.3", linestyle=style, label=label)  # for the legend
     for ax, panel in zip(axes, panels, strict=True):
-        ax.set(title=f"{_short(panel_axis)} = {format_value(panel)}", xlabel="step", xscale="log", ylim=(-0.03, 1.03))
+        ax.set(title=f"{short(panel_axis)} = {format_value(panel)}", xlabel="step", xscale="log", ylim=(-0.03, 1.03))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy")
     for colour, value in zip(palette, colours, strict=True):
-        axes[0].plot([], [], color=colour, linewidth=3, label=f"{_short(colour_axis)} {format_value(value)}")
+        axes[0].plot([], [], color=colour, linewidth=3, label=f"{short(colour_axis)} {format_value(value)}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
-
-
-def _short(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
 
 
 def _draw_mean_and_range(ax: Axes, curves: pd.DataFrame, colour: np.ndarray, style: str) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.tables import short, spread
 from groundswell.experiment import Experiment
 from groundswell.probes import Findings, Opened, Probe
 from groundswell.report import Report
@@ -22,14 +22,16 @@ from groundswell.results import Results
 from groundswell.sweep import format_value
 from tasks.entities import FactTask
 
-TITLES = {
+TITLES = {  # in the order of the panels
     "train_forward": "y after x (trained pairs)",
     "train_backward": "x after y (trained pairs)",
     "val_seen": "held-out pairs, direction seen",
     "val_unseen": "held-out pairs, direction never seen",
-    "x0y": "y after x",
-    "y0z": "z after y",
-    "x1z": "z after x",
+    **{
+        f"{part}_{hop}": f"{title} ({which} triples)"
+        for part, which in (("train", "trained"), ("val", "held-out"))
+        for hop, title in (("x0y", "y after x"), ("y0z", "z after y"), ("x1z", "z after x"))
+    },
 }
 
 
@@ -185,14 +187,14 @@ def summarise(results: Results) -> pd.DataFrame:
         levels = [f"{mine[column].last().mean():.2f}" for column in ("uniform", "uniform among")]
         rows.append(
             {
-                **{_short(path): format_value(value) for path, value in zip(results.setting_axes, key, strict=True)},
+                **{short(path): format_value(value) for path, value in zip(results.setting_axes, key, strict=True)},
                 "runs": len(runs),
-                "train": _spread(mine["train"].last(), "{:.3f}"),
-                "held-out": _spread(mine["held-out"].last(), "{:.2f}"),
-                "lowest": _spread(mine["held-out"].min(), "{:.2f}"),
+                "train": spread(mine["train"].last(), "{:.3f}"),
+                "held-out": spread(mine["held-out"].last(), "{:.2f}"),
+                "lowest": spread(mine["held-out"].min(), "{:.2f}"),
                 "uniform": " / ".join(levels),
-                "rank": _spread(mine["rank"].last(), "{:.1f}"),
-                "among them": _spread(mine["among them"].last(), "{:.2f}"),
+                "rank": spread(mine["rank"].last(), "{:.1f}"),
+                "among them": spread(mine["among them"].last(), "{:.2f}"),
                 "seen": _panel(scalars, ("val_seen",), ("val_x0y", "val_y0z")),
                 "unseen": _panel(scalars, ("val_unseen",), ("val_x1z",)),
                 "asymmetry": _score(scalars),
@@ -206,42 +208,30 @@ def _panel(scalars: pd.DataFrame, *choices: tuple[str, ...]) -> str:
     for panels in choices:
         columns = [f"heat_map/{panel}/row_accuracy" for panel in panels]
         if all(column in scalars for column in columns):
-            return _spread(scalars[columns].min(axis=1), "{:.2f}")
+            return spread(scalars[columns].min(axis=1), "{:.2f}")
     return "-"
 
 
 def _score(scalars: pd.DataFrame) -> str:
     for name in ("heat_map/asymmetry", "heat_map/intransitivity"):
         if name in scalars:
-            return _spread(scalars[name], "{:.1f}")
+            return spread(scalars[name], "{:.1f}")
     return "-"
-
-
-def _spread(values: pd.Series, form: str) -> str:
-    values = values.dropna()
-    if not len(values):
-        return "-"
-    mean, low, high = (form.format(value) for value in (values.mean(), values.min(), values.max()))
-    return mean if low == high else f"{mean} ({low}-{high})"
-
-
-def _short(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
 
 
 # ---- figures ----
 
 
 def draw_curves(results: Results) -> Figure:
-    """One panel a setting: negative log-probability of the answer word, train and held-out, mean and range over seeds."""
+    """One panel a setting: negative log-probability of the answer word, mean and range over the seeds."""
     settings = _settings(results)
     columns = min(4, len(settings))
     rows = -(-len(settings) // columns)
     figure = Figure(figsize=(3.6 * columns + 0.6, 3.1 * rows + 0.7), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     lines = {
-        "train": ("eval/train/word_nll", "tab:blue"),
-        "held-out": ("eval/validation/word_nll", "tab:red"),
+        "train": ("eval/train/word_nll", "tab:blue", 3.0),  # wider, to be seen below the other one
+        "held-out": ("eval/validation/word_nll", "tab:red", 1.5),
     }
     levels = {
         "uniform over the vocabulary": ("eval/validation/uniform_nll", ":"),
@@ -249,18 +239,19 @@ def draw_curves(results: Results) -> Figure:
     }
     for ax, (key, runs) in zip(grid.flat, settings, strict=False):
         ids = set(runs["run_id"])
-        for label, (metric, colour) in lines.items():
-            _draw_band(ax, _of(results, metric, ids), label, colour)
+        for label, (metric, colour, width) in lines.items():
+            _draw_band(ax, _of(results, metric, ids), label, colour, width)
         for label, (metric, style) in levels.items():
             values = _of(results, metric, ids)["value"]
             if len(values):
                 ax.axhline(values.mean(), color="0.45", linestyle=style, linewidth=1.0, label=label)
         title = ", ".join(
-            format_value(value) if path in ("task",) else f"{_short(path)} = {format_value(value)}"
+            format_value(value) if path == "task" else f"{short(path)} = {format_value(value)}"
             for path, value in zip(results.setting_axes, key, strict=True)
         )
-        ax.set(title=title, xlabel="epoch", ylim=(-0.3, None))
+        ax.set(title=title, xlabel="epoch")
         ax.grid(alpha=0.25)
+    grid[0, 0].set_ylim(bottom=-0.3)  # of all panels: they share the axis
     for ax in grid.flat[len(settings) :]:
         ax.set_visible(False)
     for row in grid:
@@ -275,27 +266,29 @@ def _of(results: Results, metric: str, run_ids: set[str]) -> pd.DataFrame:
     return curves[curves["run_id"].isin(run_ids)]
 
 
-def _draw_band(ax: Axes, curves: pd.DataFrame, label: str, colour: str) -> None:
+def _draw_band(ax: Axes, curves: pd.DataFrame, label: str, colour: str, width: float) -> None:
     if not len(curves):
         return
     wide = curves.pivot_table(index="step", columns="run_id", values="value").sort_index().ffill()
-    ax.plot(wide.index, wide.mean(axis=1), color=colour, linewidth=1.8, label=label)
+    ax.plot(wide.index, wide.mean(axis=1), color=colour, linewidth=width, label=label)
     ax.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_heat_maps(matrices: Mapping[str, np.ndarray]) -> Figure:
     """2 x 2 panels (reverse) or 2 x 3 (chain) in one colour scale."""
+    names = [name for name in TITLES if name in matrices]
     columns = 2 if len(matrices) <= 4 else 3
     rows = -(-len(matrices) // columns)
     low, high = min(m.min() for m in matrices.values()), max(m.max() for m in matrices.values())
     figure = Figure(figsize=(3.5 * columns + 0.8, 3.5 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     image = None
-    for ax, (name, matrix) in zip(grid.flat, matrices.items(), strict=False):
+    for ax, name in zip(grid.flat, names, strict=False):
+        matrix = matrices[name]
         image = ax.imshow(matrix, cmap="magma" if columns == 2 else "inferno", vmin=low, vmax=high)
-        part, _, hop = name.partition("_")
-        title = TITLES.get(name) or f"{TITLES[hop]} ({'trained' if part == 'train' else 'held-out'} triples)"
-        ax.set_title(f"{title}\ngap {diagonal_gap(matrix):.1f}, on the diagonal {row_accuracy(matrix):.0%}", fontsize=9)
+        ax.set_title(
+            f"{TITLES[name]}\ngap {diagonal_gap(matrix):.1f}, on the diagonal {row_accuracy(matrix):.0%}", fontsize=9
+        )
         ax.set(xticks=[], yticks=[], xlabel="candidate answer", ylabel="prompt")
     if image is not None:
         figure.colorbar(image, ax=grid, label="logit", shrink=0.8)
@@ -305,7 +298,7 @@ def draw_heat_maps(matrices: Mapping[str, np.ndarray]) -> Figure:
 def draw_similarity(similarity: np.ndarray, groups: Mapping[str, int]) -> Figure:
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     ax = figure.subplots()
-    image = ax.imshow(similarity, cmap=colormaps["RdBu_r"], vmin=-1, vmax=1)
+    image = ax.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1)
     ends = np.cumsum(list(groups.values()))
     for end in ends[:-1]:
         ax.axhline(end - 0.5, color="0.3", linewidth=0.6)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 SHORT = 16  # tokens up to which attention with explicit scores is faster than the fused kernel
 
 
@@ -120,7 +119,7 @@ def grouped_forward(
 
 
 def grouped_backward(saved: Saved, num_heads: int, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """grad [M, A, d] -> gradients of query [M, A, d] and key_value [M, T, 2d]. By hand: fewer copies between layouts."""
+    """grad [M, A, d] -> gradients of query [M, A, d] and key_value [M, T, 2d]. By hand: fewer copies."""
     q, kv, weights, mask = saved
     k, v = kv.unbind(0)
     rows, num_queries, width = grad.shape

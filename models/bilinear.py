@@ -29,7 +29,9 @@ class Bilinear(Model):
 
     packable: ClassVar[frozenset[str]] = frozenset()
 
-    width: int = Field(512, gt=0, description="of the embeddings; two of them have an inner product of about width^-0.5")
+    width: int = Field(
+        512, gt=0, description="of the embeddings; two of them have an inner product of about width^-0.5"
+    )
 
     def parameters(self, vocab_size: int, max_length: int) -> list[ParameterSpec]:
         return [

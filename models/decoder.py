@@ -1,4 +1,4 @@
-"""GPT-2 as pure functions of parameters with a leading run axis, with switches for looped, norm-free and rotary variants.
+"""GPT-2 as pure functions of parameters with a leading run axis, with switches for its variants.
 
 Numerically GPT-2 (Radford et al. 2019): pre-norm, learned positions, fused c_attn, biases, tanh-gelu, tied head.
 Parameter names and layouts are those of Hugging Face's GPT2LMHeadModel, so folders are exchanged without renaming.

@@ -1,4 +1,4 @@
-"""A GPT-2 block with both passes written out, for CPUs: small models there spend more time between kernels than in them.
+"""A GPT-2 block with both passes written out, for CPUs: small models spend more time between kernels than in them.
 
 The same arithmetic as `Decoder.block`, which is the plain version and the oracle of its tests. K runs, N rows, d width;
 one run has two-dimensional rows [N, d] and weights [i, o], a pack [K, N, d] and [K, i, o], as in models/layers.py.

@@ -1,7 +1,8 @@
 """Decoders as Hugging Face folders: config.json, model.safetensors, vocabulary.json.
 
-A plain decoder is written as GPT2LMHeadModel. One that GPT-2 cannot express (looped, rotary, without LayerNorm) names our
-class instead, so that no other library loads it as something it is not. Our own configuration is kept under "groundswell".
+A plain decoder is written as GPT2LMHeadModel. One that GPT-2 cannot express (looped, rotary, without LayerNorm) names
+our class instead, so that no other library loads it as something it is not. Our own configuration is kept under
+"groundswell".
 """
 
 from __future__ import annotations
@@ -29,8 +30,15 @@ CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.js
 OURS = "groundswell"
 # settings that tensor shapes do not show, so that a mismatch would go unnoticed
 SILENT_FIELDS = (
-    "num_layers", "num_heads", "activation", "layer_norm", "tied_head", "position_encoding", "num_recurrences", "re_embed"
-)  # fmt: skip
+    "num_layers",
+    "num_heads",
+    "activation",
+    "layer_norm",
+    "tied_head",
+    "position_encoding",
+    "num_recurrences",
+    "re_embed",
+)
 # settings that matter only together with another one
 CONDITIONAL_FIELDS = {"re_embed_temperature": ("re_embed", True), "rotary_dim": ("position_encoding", "rotary")}
 ACTIVATION_NAMES = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
@@ -164,7 +172,8 @@ def read_weights(folder: Path, specs: Iterable[ParameterSpec], tied_head: bool) 
 
     Takes the layouts of released GPT-2s: one file or shards, with or without the prefix "transformer.", any float type.
     """
-    found = _read_files(folder)
+    specs = list(specs)
+    found = _read_files(folder, {spec.name for spec in specs})
     if tied_head and "lm_head.weight" in found:
         head, path = found.pop("lm_head.weight")
         table = found.get("transformer.wte.weight")
@@ -189,8 +198,8 @@ def read_weights(folder: Path, specs: Iterable[ParameterSpec], tied_head: bool) 
     return weights
 
 
-def _read_files(folder: Path) -> dict[str, tuple[Tensor, Path]]:
-    """Every tensor under its GPT2LMHeadModel name, with the file it came from."""
+def _read_files(folder: Path, known: set[str]) -> dict[str, tuple[Tensor, Path]]:
+    """Every tensor under its known name (released GPT-2s leave "transformer." out), with the file it came from."""
     paths = [folder / WEIGHTS]
     index = folder / f"{WEIGHTS}.index.json"
     if not paths[0].exists() and index.exists():
@@ -201,7 +210,7 @@ def _read_files(folder: Path) -> dict[str, tuple[Tensor, Path]]:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     if not _CAUSAL_MASK.search(key):
-                        name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+                        name = f"transformer.{key}" if f"transformer.{key}" in known else key
                         found[name] = (file.get_tensor(key), path)
         except (OSError, SafetensorError) as error:
             remedy = "weights are read from safetensors only" if not path.exists() else "the file is damaged"

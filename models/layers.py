@@ -33,7 +33,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def gelu_tanh_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """-> y, and the sigmoid, so that the backward pass needs no exponential (CPU: both passes 2x faster than torch's)."""
+    """-> y, and the sigmoid, so that the backward pass needs no exponential (CPU: 2x faster than torch's)."""
     gate = (x * x).mul_(GELU_SCALE * GELU_CUBIC).add_(GELU_SCALE).mul_(x).sigmoid_()
     return x * gate, gate
 
@@ -54,7 +54,8 @@ class _GeluTanh(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return gelu_tanh_backward(*ctx.saved_tensors, grad)
+        x, gate = ctx.saved_tensors
+        return gelu_tanh_backward(x, gate, grad)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -150,10 +151,8 @@ def rotate(x: Tensor, positions: Tensor | None, length: int, num_heads: int, dim
 
 
 @functools.lru_cache(maxsize=32)
-def _rotary_tables(
-    length: int, dimensions: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """[T, dimensions] each: cosines, and sines with the sign that the swapped partner takes (u cos - v sin, v cos + u sin)."""
+def _rotary_tables(length: int, dimensions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[T, dimensions] each: cosines, and sines with their sign in (u cos - v sin, v cos + u sin)."""
     frequencies = ROTARY_BASE ** (-torch.arange(0, dimensions, 2, dtype=torch.float64) / dimensions)
     angles = (torch.arange(length, dtype=torch.float64)[:, None] * frequencies).repeat_interleave(2, -1)
     signs = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(dimensions // 2)

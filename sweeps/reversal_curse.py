@@ -1,7 +1,7 @@
 """The reversal curse and its relatives (arXiv 2405.04669): facts in two directions, chains of facts, and the positive
 controls where the answer is in the context or shares a token with the question.
 
-python sweeps/reversal_curse.py [--preset demo|positions|vocabulary|layers|frozen|words|...] [--axis task=reverse] [--help]
+python sweeps/reversal_curse.py [--preset demo|positions|vocabulary|layers|frozen|words|paper] [--axis task=reverse]
 """
 
 from typing import Any
@@ -43,7 +43,8 @@ PAPER = {"model.num_layers": 24, "model.num_heads": 12, "model.width": 768, "opt
 STUDIES: dict[str, Any] = {  # what it is for, tasks, seeds, a further axis, and what else differs from the demo
     "smoke": ("does everything work", SMALL, (0,), {}, {"budget.epochs": 5}),
     "demo": ("all four tasks in under 3 minutes on 2 CPU cores", SMALL, (0, 1, 2), {}, {}),
-    "positions": ("three position encodings", PAIR, (0, 1, 2), {"model.position_encoding": ("absolute", "null", "rotary")}, {}),
+    "positions": ("three position encodings", PAIR, (0, 1, 2),
+                  {"model.position_encoding": ("absolute", "null", "rotary")}, {}),
     "vocabulary": ("from 20 to 800 tokens", PAIR, (0, 1, 2), {"task.entity_vocab_size": (20, 50, 200, 800)}, {}),
     "layers": ("depth", PAIR, (0, 1, 2), {"model.num_layers": (1, 2, 4, 12)}, {"optimizer.lr": 1e-3}),
     "frozen": ("trained and frozen embeddings", PAIR, (0, 1, 2), {"model.freeze_embeddings": (False, True)}, {}),

@@ -45,9 +45,7 @@ class Chain(FactTask):
         return 3 * num_train + 2 * num_validation
 
     def _count(self) -> int:
-        return check_sizes(
-            self.entity_vocab_size, self.word_size, self.num_triples, self.train_fraction, "num_triples"
-        )
+        return check_sizes(self.entity_vocab_size, self.word_size, self.num_triples, self.train_fraction, "num_triples")
 
     def _sizes(self) -> tuple[int, int]:
         count = self._count()
@@ -56,7 +54,7 @@ class Chain(FactTask):
     def draw(self) -> Facts:
         random = RandomState(self.seed)
         size = self.entity_vocab_size // 4
-        alphabets = letters(random, self, 3 * size).reshape(3, size)
+        alphabets = np.split(letters(random, self, 3 * size), 3)
         x, y, z = words(random, alphabets, self.word_size, self._count())
         train, validation = split(random, len(x), self.train_fraction)
         num_train, num_validation = self._sizes()

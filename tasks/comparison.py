@@ -70,7 +70,9 @@ class Comparison(AttributeTask):
             "test_inferred_iid": len(world.iid),
             "test_inferred_ood": len(world.both_ood),
         }
-        return make_dataset(self, self.vocabulary(), train, evaluation, answer=Answer(slice(0, 1)), candidates=candidates)
+        return make_dataset(
+            self, self.vocabulary(), train, evaluation, answer=Answer(slice(0, 1)), candidates=candidates
+        )
 
     def _atomic(self, facts: IntArray) -> Split:
         entity, attribute, value = self._atomic_ids(facts)

@@ -187,7 +187,7 @@ def _merge(parts: Sequence[_Encoded]) -> _Encoded:
 
 
 def _answer_columns(split: Split, vocabulary: Vocabulary) -> slice:
-    """All where the vocabulary has no delimiters, else the first, or the second where every answer begins with `<a>`."""
+    """All without delimiters in the vocabulary, else the first, or the second where all answers begin with `<a>`."""
     if ANSWER not in vocabulary:
         return slice(0, 1) if STOP in vocabulary else slice(-split.targets.shape[1], None)
     opened = split.targets[:, 0] == vocabulary.ids[ANSWER]

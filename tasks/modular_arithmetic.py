@@ -54,7 +54,9 @@ class ModularArithmetic(Task):
         rows = np.column_stack([pairs, self._results(pairs[:, 0], pairs[:, 1])])
         train, test = (answer_split(part, 2, 2, pad=0) for part in (rows[: self._num_train], rows[self._num_train :]))
         evaluation = {"train": train, "test": test}
-        return make_dataset(self, tuple(numbered("", self.modulus)), {"train": train}, evaluation, Answer(slice(-1, None)))
+        return make_dataset(
+            self, tuple(numbered("", self.modulus)), {"train": train}, evaluation, Answer(slice(-1, None))
+        )
 
     @property
     def _num_train(self) -> int:

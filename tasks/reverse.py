@@ -47,7 +47,7 @@ class Reverse(FactTask):
     def draw(self) -> Facts:
         random = RandomState(self.seed)
         size = self.entity_vocab_size // 4
-        alphabets = letters(random, self, 2 * size).reshape(2, size)
+        alphabets = np.split(letters(random, self, 2 * size), 2)
         count = check_sizes(self.entity_vocab_size, self.word_size, self.num_pairs, self.train_fraction, "num_pairs")
         x, y = words(random, alphabets, self.word_size, count)
         train, validation = split(random, count, self.train_fraction)

@@ -1,7 +1,7 @@
 """Probes: questions to one checkpoint. (checkpoint, task) -> numbers, arrays, tables and figures beside the run.
 
-What a probe finds is kept in `runs/<id>/probes/step-N/<probe>/`: scalars.json, *.npy, *.csv, *.png, and probe.json, which
-says what was asked. A question that has been answered is not asked again.
+What a probe finds is kept in `runs/<id>/probes/step-N/<probe>/`: scalars.json, *.npy, *.csv, *.png, and probe.json,
+which says what was asked. A question that has been answered is not asked again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Findings:
-    """`scalars` are metrics of the run at the checkpoint's step, by their whole name; the rest are files by their stem."""
+    """`scalars` are metrics of the run at the checkpoint's step, by whole name; the rest are files, by stem."""
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)

@@ -40,9 +40,10 @@ class Axis(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Axis:
-        for value in self.values if self.named is not None else ():
-            if value not in self.named:
-                raise ValueError(f"no such value '{value}'; {suggest(str(value), list(self.named))}")
+        if self.named is not None:
+            for value in self.values:
+                if value not in self.named:
+                    raise ValueError(f"no such value '{value}'; {suggest(str(value), list(self.named))}")
         if (self.low is None) != (self.high is None):
             raise ValueError("a range needs both low and high")
         if self.low is not None and self.high is not None:
@@ -89,8 +90,8 @@ class Sweep:
     """What a sweep file builds.
 
     `metric` at a run's last evaluation is what Optuna and the schedulers look at. `replicate_axis` is averaged over:
-    each setting is run once for each of its values. `probes` are asked of each run's last checkpoint. `report` turns the
-    results into a table and figures. `fields` win over what named axes set (they come from the command line).
+    each setting is run once for each of its values. `probes` are asked of each run's last checkpoint. `report` turns
+    the results into a table and figures. `fields` win over what named axes set (they come from the command line).
     """
 
     name: str

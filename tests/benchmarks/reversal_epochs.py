@@ -1,8 +1,8 @@
 """Epochs of the reversal task at the demo's size: eight packed seeds against the published way, on one thread.
 
-Published way: Hugging Face GPT-2 with dropout 0.1 and an untied head, a DataLoader, the loss at the last entity, AdamW,
-a validation pass each epoch, and log-probabilities taken sample by sample with .item(). Ours is the whole loop of a run:
-training, readings, evaluation of both splits each epoch, journal, checkpoints. Interleaved in one process.
+Published way: Hugging Face GPT-2 with dropout 0.1 and an untied head, a DataLoader, the loss at the last entity,
+AdamW, a validation pass each epoch, and log-probabilities taken sample by sample with .item(). Ours is the whole loop
+of a run: training, readings, evaluation of both splits each epoch, journal, checkpoints. Interleaved in one process.
 
     python tests/benchmarks/reversal_epochs.py [--seeds 8] [--rounds 5] [--seconds 2] [--profile]
 """

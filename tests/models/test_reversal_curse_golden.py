@@ -82,9 +82,7 @@ def test_rotation(forward: dict[str, np.ndarray], head: int) -> None:
 
 def test_gradients(forward: dict[str, np.ndarray]) -> None:
     model = BASE.with_overrides({"num_heads": 1})
-    weights = {
-        name: x.unsqueeze(0).requires_grad_(True) for name, x in load("forward_d64.safetensors", model).items()
-    }
+    weights = {name: x.unsqueeze(0).requires_grad_(True) for name, x in load("forward_d64.safetensors", model).items()}
     batch = last_tokens(torch.from_numpy(forward["input_L3"]), 1)
     loss, _ = WordLoss().loss(model, weights, batch, Answer(slice(-1, None)), None)
     loss.sum().backward()

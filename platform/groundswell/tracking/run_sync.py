@@ -221,7 +221,10 @@ class RunSync:
         """Answers of probes: a key that changes with them -> step, folder."""
         found = probes.answers(self.folder)
         return {
-            f"{path.parent.name}/{name}/{hashlib.sha256((path / probes.QUESTION).read_bytes()).hexdigest()[:8]}": (step, path)
+            f"{path.parent.name}/{name}/{hashlib.sha256((path / probes.QUESTION).read_bytes()).hexdigest()[:8]}": (
+                step,
+                path,
+            )
             for (step, name), path in found.items()
         }
 

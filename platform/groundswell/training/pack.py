@@ -98,11 +98,13 @@ class Pack:
         sizes = {len(member.dataset.train) for member in self.members}
         if len(sizes) > 1:
             raise ConfigError(
-                f"budget.epochs: the runs of this pack have {min(sizes)} to {max(sizes)} training examples; use --pack 1"
+                f"budget.epochs: the runs of a pack have {min(sizes)} to {max(sizes)} training examples; use --pack 1"
             )
         self.epoch_size = sizes.pop()  # examples of a step; 0: one batch
         if self.scaling.cuda_graph and self.epoch_size % self.batch_size:
-            raise ConfigError("scaling.cuda_graph: needs batches of one size; set budget.steps instead of budget.epochs")
+            raise ConfigError(
+                "scaling.cuda_graph: needs batches of one size; set budget.steps instead of budget.epochs"
+            )
         return -(-self.epoch_size // self.batch_size)
 
     @property

@@ -181,7 +181,10 @@ class PackTrainer:
         """The state this run is in after `step`, and why."""
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            return "diverged", f"{bad[0]} is not finite at {self.unit} {step}; lower optimizer.lr or set optimizer.clip_norm"
+            return (
+                "diverged",
+                f"{bad[0]} is not finite at {self.unit} {step}; lower optimizer.lr or set optimizer.clip_norm",
+            )
         if step == self.total:
             return "finished", None
         if run.history and run.history[-1][0] == step:
