@@ -8,6 +8,8 @@ import pytest
 from groundswell import ConfigError
 from groundswell.cli import Options, customise, run, split_dotted
 from groundswell.sweep import Axis, Sweep
+from tasks.modular_arithmetic import ModularArithmetic
+from tasks.reverse import Reverse
 
 
 @pytest.fixture
@@ -131,3 +133,26 @@ def test_options_are_documented():
     source = Path(__file__).parents[2].joinpath("platform/groundswell/cli.py").read_text()
     body = source.split("class Options:")[1].split("\ndef ")[0]
     assert body.count('"""') // 2 == len(dataclasses.fields(Options)) + 1
+
+
+def test_fields_reach_every_value_of_a_named_axis(tiny):
+    named = Axis.of_names(
+        {
+            "add": {"task": ModularArithmetic(modulus=11)},
+            "divide": {"task": ModularArithmetic(modulus=13, operation="divide"), "budget.steps": 20},
+        }
+    )
+    sweep = Sweep("toy", tiny, {"task": named}, metric="eval/test/accuracy")
+    plain = customise(sweep, "demo", Options(), {})
+    assert plain.name == "toy-demo"
+    changed = customise(sweep, "demo", Options(), {"task.train_fraction": 0.5, "budget.steps": 5})
+    experiments = [run.experiment for value in ("add", "divide") for run in changed.runs({"task": value})]
+    assert [e.task.modulus for e in experiments] == [11, 13]
+    assert {(e.task.train_fraction, e.budget.steps) for e in experiments} == {(0.5, 5)}
+    assert changed.name.startswith("toy-demo-")
+    chosen = customise(sweep, "demo", Options(axis=("task=divide",)), {"task.modulus": 7})
+    assert chosen.runs({"task": "divide"})[0].experiment.task.modulus == 7
+    with pytest.raises(ConfigError, match="--axis task: no such value 'mul'; known: add, divide"):
+        customise(sweep, "demo", Options(axis=("task=mul",)), {})
+    replaced = customise(sweep, "demo", Options(), {"task.class": "tasks.reverse.Reverse"})
+    assert "task" not in replaced.axes and replaced.base.task == Reverse()

@@ -1,5 +1,7 @@
 """From axes to runs to packs."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from groundswell.config import ConfigError
 from groundswell.sweep import Axis, Sweep, format_value, make_packs, pack_size, run_name
+from tasks.modular_arithmetic import ModularArithmetic
 
 
 def make_sweep(base, **axes):
@@ -109,3 +112,39 @@ def test_describe_is_json(tiny):
 
     sweep = make_sweep(tiny, optimizer__lr=Axis(low=1e-4, high=1e-2, log=True))
     assert math.isclose(json.loads(json.dumps(sweep.describe()))["axes"]["optimizer.lr"]["low"], 1e-4)
+
+
+NAMED = {
+    "add": {"task": ModularArithmetic(modulus=11)},
+    "divide": {"task": ModularArithmetic(modulus=13, operation="divide"), "budget.steps": 20},
+}
+
+
+def test_names_stand_for_several_fields(tiny):
+    sweep = make_sweep(tiny, task=Axis.of_names(NAMED), seed=Axis(values=(0, 1), also=("task.seed",)))
+    runs = all_runs(sweep)
+    assert [run.name for run in runs] == [
+        "task=add seed=0", "task=add seed=1", "task=divide seed=0", "task=divide seed=1",
+    ]  # fmt: skip
+    assert runs[1].axes == {"task": "add", "seed": 1}
+    assert runs[1].experiment.task == ModularArithmetic(modulus=11, seed=1)
+    assert (runs[1].experiment.budget.steps, runs[3].experiment.budget.steps) == (60, 20)
+    described = json.loads(json.dumps(sweep.describe()))
+    assert described["axes"]["task"]["values"] == ["add", "divide"]
+    with pytest.raises(ConfigError, match="no such value 'ad'; did you mean 'add'"):
+        Axis.from_dict(dict(Axis.of_names(NAMED)) | {"values": ("ad",)})
+
+
+def test_fields_of_the_command_line_win_over_names_and_lose_to_axes(tiny):
+    sweep = make_sweep(tiny, task=Axis.of_names(NAMED), seed=Axis(values=(5,), also=("task.seed",)))
+    sweep = dataclasses.replace(sweep, fields={"budget.steps": 7, "task.seed": 9})
+    for run in all_runs(sweep):
+        assert (run.experiment.budget.steps, run.experiment.task.seed) == (7, 5)
+
+
+def test_axis_values_are_those_of_the_experiment(tiny):
+    """The bare word null on a command line is None in JSON, and a name here."""
+    sweep = make_sweep(tiny, model__position_encoding=Axis(values=(None, "absolute")))
+    runs = all_runs(sweep)
+    assert [run.axes["model.position_encoding"] for run in runs] == ["null", "absolute"]
+    assert runs[0].name == "position_encoding=null"

@@ -412,3 +412,38 @@ def test_a_renamed_run_is_renamed_in_the_store(sweep):
     run = stored(sweep)[1][folder.run_id]
     assert (run.info.run_name, run.data.tags["groundswell.pack"]) == ("seed=1", "pack7")
     assert run.info.status == "FINISHED"
+
+
+def answer(folder, value):
+    """What a probe of that name has found in the checkpoint of step 500."""
+    path = folder.path / "probes" / "step-00000500" / "norms"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    (path / "scalars.json").write_text(json.dumps({"probe/norm": value}))
+    (path / "rows.npy").write_bytes(b"numbers")
+    (path / "probe.json").write_text(json.dumps({"scale": value}))
+
+
+def test_answers_of_probes_come_to_the_run_once(sweep):
+    folder = whole_run(sweep, 0)
+    track(sweep)
+    answer(folder, 2.0)  # after the run's end
+    track(sweep)
+    track(sweep)
+    run = stored(sweep)[1][folder.run_id]
+    assert [(step, value) for step, _, value in history(sweep, run.info.run_id, "probe/norm")] == [(500, 2.0)]
+    names = {"rows.npy", "scalars.json", "probe.json"}
+    assert {f"probes/step-00000500/norms/{name}" for name in names} <= artifacts(run)
+    assert run.info.status == "FINISHED"
+
+
+def test_answers_that_come_while_the_tracker_runs(sweep):
+    folder = whole_run(sweep, 0)
+    tracker = Tracker(sweep, interval_s=0.05)
+    tracker.start()
+    wait_until(lambda: folder.run_id in tracker._done)
+    answer(folder, 3.0)
+    tracker.look_again(folder.run_id)
+    assert not tracker.close(60)
+    run = stored(sweep)[1][folder.run_id]
+    assert run.data.metrics["probe/norm"] == 3.0

@@ -105,3 +105,32 @@ def test_padding_stays_zero():
     for _ in range(3):
         optimizer.step()
     assert parameters.flat[~used].abs().max() == 0
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["rows", "flat"])
+def test_decay_of_everything_and_tensors_that_are_not_trained(on_cpu):
+    specs = [*SPECS, ParameterSpec("fixed", (6,), decayed=True, init_std=1.0, trained=False)]
+    row = initial_row(specs, torch.Generator().manual_seed(0)).double()[None]
+    parameters = FlatParameters(specs, row.clone())
+    assert layout(specs)[2] == parameters.num_trained == parameters.offsets["fixed"]
+    assert not parameters.views["fixed"].requires_grad
+    settings = AdamW(lr=1e-2, weight_decay=0.5, decay_all=True, clip_norm=0.0)
+    optimizer = PackedAdamW(parameters, [settings])
+    if not on_cpu:
+        optimizer.on_cpu = False
+        optimizer._place_scalars()
+    tensors = {spec.name: parameters.views[spec.name].detach()[0].clone().requires_grad_() for spec in SPECS}
+    reference = torch.optim.AdamW(tensors.values(), lr=1e-2, weight_decay=0.5)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        for name, tensor in tensors.items():
+            tensor.grad = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            parameters.views[name].grad[0] = tensor.grad
+        optimizer.step()
+        reference.step()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(parameters.views[name].detach()[0], tensor.detach(), rtol=1e-6, atol=1e-7)
+    offset = parameters.offsets["fixed"]
+    assert torch.equal(parameters.flat[0, offset : offset + 6], row[0, offset : offset + 6])
+    norm = torch.sqrt(sum((tensor.grad**2).sum() for tensor in tensors.values()))
+    assert optimizer.grad_norm.item() == pytest.approx(norm.item())
