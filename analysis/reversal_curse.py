@@ -148,7 +148,10 @@ def reversal_report(results: Results) -> Report:
         "uniform: of a guess over the whole vocabulary / over the words' own alphabet; rank: of the right answer among "
         "that alphabet (1 is best); among them: its negative log-probability when only they may answer",
         "seen, unseen: share of heat-map rows that are brightest on the diagonal, for the direction or hops that were "
-        f"trained and for what was asked; values are mean (lowest-highest) over {results.replicate_axis}",
+        "trained and for what was asked; asymmetry: how much brighter that diagonal is for the former, in logits",
+        f"values are mean (lowest-highest) over {results.runs[results.replicate_axis].nunique()} {results.replicate_axis}s"
+        if results.replicate_axis in results.runs
+        else "one run a setting",
     )
     return Report("Reversal and chains: what is learned and what does not follow", table, figures, remarks)
 
@@ -188,8 +191,7 @@ def summarise(results: Results) -> pd.DataFrame:
         rows.append(
             {
                 **{short(path): format_value(value) for path, value in zip(results.setting_axes, key, strict=True)},
-                "runs": len(runs),
-                "train": spread(mine["train"].last(), "{:.3f}"),
+                "train": spread(mine["train"].last(), "{:.2f}"),
                 "held-out": spread(mine["held-out"].last(), "{:.2f}"),
                 "lowest": spread(mine["held-out"].min(), "{:.2f}"),
                 "uniform": " / ".join(levels),

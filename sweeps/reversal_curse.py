@@ -48,7 +48,7 @@ STUDIES: dict[str, Any] = {  # what it is for, tasks, seeds, a further axis, and
     "vocabulary": ("from 20 to 800 tokens", PAIR, (0, 1, 2), {"task.entity_vocab_size": (20, 50, 200, 800)}, {}),
     "layers": ("depth", PAIR, (0, 1, 2), {"model.num_layers": (1, 2, 4, 12)}, {"optimizer.lr": 1e-3}),
     "frozen": ("trained and frozen embeddings", PAIR, (0, 1, 2), {"model.freeze_embeddings": (False, True)}, {}),
-    "words": ("entities of 1, 2 and 3 tokens", PAIR, (0, 1, 2), {"task.word_size": (1, 2, 3)}, {}),
+    "words": ("entities of 1, 2 and 3 tokens", PAIR, (0, 1, 2), {"task.word_size": (1, 2, 3)}, {"budget.epochs": 400}),
     "paper": ("24 layers, width 768, 3,000 epochs, 10 seeds", FULL, tuple(range(10)), {}, PAPER),
 }  # fmt: skip
 

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def command(tmp_path):
-    """Run sweeps/grok_wd_layers.py as a user does, in an empty folder."""
+    """Run a sweep file as a user does, in an empty folder."""
 
-    def run(*arguments, **environment):
+    def run(*arguments, sweep="grok_wd_layers.py", **environment):
         return subprocess.run(
-            [sys.executable, str(ROOT / "sweeps" / "grok_wd_layers.py"), *arguments],
+            [sys.executable, str(ROOT / "sweeps" / sweep), *arguments],
             cwd=tmp_path,
             env=os.environ | environment,
             capture_output=True,
@@ -49,6 +49,27 @@ def assert_one_line(result, message):
 )
 def test_impossible_experiment(command, tmp_path, arguments, message):
     assert_one_line(command(*arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--axis", "task=reverse", "--task.entity-vocab-size", "6"), "task.entity_vocab_size: 6 gives alphabets of 1"),
+        (
+            ("--axis", "task=chain", "--task.num-triples", "99"),
+            "task.num_triples: 99 is out of range; word_size 1",
+        ),
+        (
+            ("--model.position-encoding", "rotary", "--model.num-heads", "4"),
+            "model.num_heads: 4 gives heads of 16 dimensions, rotary turns 32; at width 64 use 1 to 2 heads",
+        ),
+        (("--axis", "task=reversed"), "--axis task: no such value 'reversed'; did you mean 'reverse'?"),
+        (("--task.word-size", "2"), "task.word_size: no such field"),  # of two of the four tasks
+    ],
+)
+def test_impossible_facts(command, tmp_path, arguments, message):
+    assert_one_line(command(*arguments, sweep="reversal_curse.py"), message)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -231,6 +231,34 @@ def test_looking_at_runs(smoke, capsys):
     assert "tasks.composition.Composition" in printed and "step-00000150" in printed
 
 
+def test_the_reversal_sweep(cluster, tmp_path, capsys):
+    """Four tasks, probes of their checkpoints, figures; the second start trains and asks nothing."""
+    from sweeps.reversal_curse import STUDIES
+    from sweeps.reversal_curse import build as build_reversal
+
+    arguments = ["--preset", "smoke", "--address", cluster, "--output", str(tmp_path)]
+    presets = {preset: study[0] for preset, study in STUDIES.items()}
+    assert cli.run(build_reversal, presets, "demo", arguments) == 0
+    folder = SweepFolder(tmp_path / "reversal_curse-smoke")
+    printed = capsys.readouterr().out
+    assert "Reversal and chains" in printed
+    summary = pd.read_csv(folder.path / "tables" / "summary.csv")
+    assert list(summary["task"]) == ["reverse", "reverse_icl", "chain", "chain_related"]
+    names = {path.name for path in (folder.path / "figures").glob("*.png")}
+    assert {"word_nll.png", "logits_reverse.png", "logits_chain.png", "cos_sim_reverse.png"} <= names
+    answered = {path.parent.name for path in folder.path.glob("runs/*/probes/step-*/*/probe.json")}
+    assert answered == {"logit_heat_maps", "embedding_similarity"}
+    assert_tracked_once(folder)
+    artifacts = {path.name for path in tmp_path.glob("artifacts/**/*") if path.is_file()}
+    assert {"val_unseen.npy", "val_x1z.npy", "cos_sim.npy", "logits.png", "word_nll.png"} <= artifacts
+    with sqlite3.connect(database(folder)) as connection:
+        query = "select distinct key from metrics where key like 'heat_map/%' or key like 'embedding/%'"
+        keys = {key for (key,) in connection.execute(query)}
+    assert {"heat_map/asymmetry", "heat_map/intransitivity", "embedding/mean_abs_cosine"} <= keys
+    assert cli.run(build_reversal, presets, "demo", arguments) == 0
+    assert "starting Ray" not in capsys.readouterr().out
+
+
 def test_dry_run_makes_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "sweeps" / "grok_wd_layers.py"), "--preset", "smoke", "--dry-run"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -12,7 +12,12 @@ from tasks.reverse import Reverse
 @pytest.fixture
 def epochs(tiny):
     """101 training pairs in batches of 32: four updates an epoch, the last one of 5."""
-    changes = {"budget.epochs": 6, "metrics_every": 1, "evaluation.schedule.every": 2, "checkpointing.schedule.every": 2}
+    changes = {
+        "budget.epochs": 6,
+        "metrics_every": 1,
+        "evaluation.schedule.every": 2,
+        "checkpointing.schedule.every": 2,
+    }
     return tiny.with_overrides(changes | {"model.dropout": 0.1})
 
 
