@@ -62,6 +62,7 @@ class LogitHeatMaps(Probe):
 
 def heat_map_scalars(matrices: Mapping[str, np.ndarray]) -> dict[str, float]:
     found: dict[str, float] = {}
+    matrices = {name: matrix for name, matrix in matrices.items() if len(matrix) > 1}  # one candidate: nothing to tell
     for name, matrix in matrices.items():
         found[f"heat_map/{name}/gap"] = diagonal_gap(matrix)
         found[f"heat_map/{name}/row_accuracy"] = row_accuracy(matrix)
@@ -74,10 +75,10 @@ def heat_map_scalars(matrices: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def diagonal_gap(matrix: np.ndarray) -> float:
-    """Mean of the diagonal minus mean of the rest; a 1 x 1 matrix has no rest and gap 0."""
+    """Mean of the diagonal minus mean of the rest; NaN for a 1 x 1 matrix."""
     size = len(matrix)
     if size == 1:
-        return 0.0
+        return float("nan")
     diagonal = float(np.trace(matrix.astype(np.float64)))
     return diagonal / size - (float(matrix.sum(dtype=np.float64)) - diagonal) / (size * (size - 1))
 
@@ -149,11 +150,15 @@ def reversal_report(results: Results) -> Report:
         "that alphabet (1 is best); among them: its negative log-probability when only they may answer",
         "seen, unseen: share of heat-map rows that are brightest on the diagonal, for the direction or hops that were "
         "trained and for what was asked; asymmetry: how much brighter that diagonal is for the former, in logits",
-        f"values are mean (lowest-highest) over {results.runs[results.replicate_axis].nunique()} {results.replicate_axis}s"
-        if results.replicate_axis in results.runs
-        else "one run a setting",
+        f"values are mean (lowest-highest) over {_replicates(results)}",
     )
     return Report("Reversal and chains: what is learned and what does not follow", table, figures, remarks)
+
+
+def _replicates(results: Results) -> str:
+    axis = results.replicate_axis
+    count = results.runs[axis].nunique() if axis in results.runs else 1
+    return f"{count} {axis}{'s' * (count > 1)}"
 
 
 def _first_experiment(results: Results, run_id: str) -> FactTask:

@@ -71,7 +71,7 @@ def test_scores_by_hand() -> None:
     matrix = np.array([[3.0, 1.0], [5.0, 1.0]])
     assert diagonal_gap(matrix) == pytest.approx((3 + 1) / 2 - (1 + 5) / 2)
     assert row_accuracy(matrix) == 0.5
-    assert diagonal_gap(np.array([[7.0]])) == 0.0
+    assert heat_map_scalars({"val_seen": np.array([[7.0]]), "val_unseen": np.array([[1.0]])}) == {}
     eye, flat = 4 * np.eye(3), np.zeros((3, 3))
     found = heat_map_scalars({"val_seen": eye, "val_unseen": flat})
     assert found["heat_map/asymmetry"] == 4.0

@@ -13,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from groundswell import probes
 from groundswell.rundir import RunFolder, SweepFolder
 
 SMALL_SWEEP = Path(__file__).with_name("small_sweep.py")
@@ -161,7 +162,7 @@ def mlflow_runs(folder: SweepFolder) -> pd.DataFrame:
 
 
 def assert_tracked_once(folder: SweepFolder) -> None:
-    """One parent, one child a run, every journal line once and with its value.
+    """One parent, one child a run, every journal line and every answer of a probe once and with its value.
 
     Steps that a resumed run repeats have the same values, except for what depends on the clock.
     """
@@ -177,6 +178,8 @@ def assert_tracked_once(folder: SweepFolder) -> None:
         found = {(row.key, row.step): row.value for row in mine.itertuples()}
         journal = folder.run(child.run_id).journal_frame()
         expected = {(row.metric, row.step): row.value for row in journal.itertuples()}
+        for (step, _), path in probes.answers(folder.run(child.run_id)).items():
+            expected |= {(name, step): value for name, value in probes.scalars(path).items()}
         assert found.keys() == expected.keys()
         for clock in [key for key in expected if key[0].startswith("perf/")]:
             del found[clock], expected[clock]
