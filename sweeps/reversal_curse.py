@@ -19,7 +19,7 @@ from tasks.reverse_icl import ReverseICL
 
 DEMO = Experiment(
     task=Reverse(entity_vocab_size=80),
-    model=Decoder(num_layers=2, num_heads=2, width=64, tied_head=False, dropout=0.1, num_positions=16),
+    model=Decoder(num_layers=2, num_heads=2, width=64, tied_head=False, dropout=0.1),
     objective=WordLoss(),
     optimizer=AdamW(lr=3e-3, weight_decay=0.01, decay_all=True, clip_norm=0),  # torch's AdamW as it is, no clipping
     budget=Budget(epochs=150, batch_size=64),
