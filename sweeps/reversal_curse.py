@@ -24,8 +24,8 @@ DEMO = Experiment(
     optimizer=AdamW(lr=3e-3, weight_decay=0.01, decay_all=True, clip_norm=0),  # torch's AdamW as it is, no clipping
     budget=Budget(epochs=150, batch_size=64),
     metrics_every=1,
-    evaluation=Evaluation(schedule=Every(every=1)),
-    checkpointing=Checkpointing(schedule=Every(every=50)),
+    evaluation=Evaluation(schedule=Every(every=5)),
+    checkpointing=Checkpointing(schedule=Every(every=75)),
 )
 SMALL = {
     "reverse": {"task": Reverse(entity_vocab_size=80)},
