@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from groundswell import probes
 from groundswell.config import ConfigError
 from groundswell.rundir import SweepFolder, list_sweeps
 from groundswell.tracking.listing import RunRow, filter_rows, read_row, read_rows
@@ -61,7 +62,7 @@ def runs(
 
 
 def show(run: Annotated[str, tyro.conf.Positional], output: Path = Path("results")) -> int:
-    """Show one run: its experiment, state, metrics and checkpoints.
+    """Show one run: its experiment, state, metrics, checkpoints and what probes have found in them.
 
     Args:
         run: The run's id (or its first characters) or its name.
@@ -80,6 +81,10 @@ def show(run: Annotated[str, tyro.conf.Positional], output: Path = Path("results
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
         resumable = ", can be resumed" if (folder / "training_state.safetensors").exists() else ""
         console.print(f"{folder}  {size / 2**20:.1f} MiB{resumable}", soft_wrap=True, highlight=False)
+    for (step, _), folder in probes.answers(row.folder).items():
+        console.print(f"\n[bold]Probe at step {step}[/]  {folder}", soft_wrap=True, highlight=False)
+        for name, value in probes.scalars(folder).items():
+            console.print(f"{name:<40}{value:.4g}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -257,6 +257,8 @@ def test_the_reversal_sweep(cluster, tmp_path, capsys):
     assert {"heat_map/asymmetry", "heat_map/intransitivity", "embedding/mean_abs_cosine"} <= keys
     assert cli.run(build_reversal, presets, "demo", arguments) == 0
     assert "starting Ray" not in capsys.readouterr().out
+    assert commands.main(["show", "task=reverse seed=0", "--output", str(tmp_path)]) == 0
+    assert "heat_map/val_seen/row_accuracy" in capsys.readouterr().out
 
 
 def test_dry_run_makes_nothing(tmp_path):
