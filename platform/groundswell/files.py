@@ -44,9 +44,13 @@ def ensure_writable(path: str | Path, field: str = "output") -> Path:
 
 
 def atomic_write(path: str | Path, content: str | bytes, sync: bool = True) -> Path:
-    """Replace the file as a whole. `sync` False saves the wait for the disk where losing the change does no harm."""
+    """Replace the file as a whole. `sync` False saves the wait for the disk where losing the change does no harm.
+
+    Inside an `atomic_folder` nothing waits: the folder syncs all its files at its end.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sync = sync and not _TEMPORARY.fullmatch(path.parent.name)
     temporary = _temporary_sibling(path)
     data = content.encode() if isinstance(content, str) else content
     try:
