@@ -1,11 +1,11 @@
-"""Epochs of the reversal task at the demo's size: eight packed seeds against the published way, on one thread.
+"""Epochs of the reversal demo's tasks: eight packed seeds against the published way, on one thread.
 
 Published way: Hugging Face GPT-2 with dropout 0.1 and an untied head, a DataLoader, the loss at the last entity,
 AdamW, a validation pass each epoch, and log-probabilities taken sample by sample with .item(). Ours is the whole loop
 of a run as the demo has it: training with readings each epoch, evaluation of training and validation data every 5
 epochs (`each_epoch_vs_original`: every epoch), journal, checkpoints. Interleaved in one process.
 
-    python tests/benchmarks/reversal_epochs.py [--seeds 8] [--rounds 5] [--seconds 2] [--profile]
+    python tests/benchmarks/reversal_epochs.py [--task reverse] [--seeds 8] [--rounds 5] [--seconds 2] [--profile]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from groundswell.rundir import SweepFolder
 from groundswell.sweep import PlannedRun
 from groundswell.training.pack import Member, Pack
 from groundswell.training.trainer import PackTrainer
-from sweeps.reversal_curse import DEMO
+from sweeps.reversal_curse import DEMO, SMALL
 from tasks.entities import FactTask
 
 FOREVER = 10**6  # epochs
@@ -90,13 +90,14 @@ def trainer_of(base: Experiment, seeds: int, folder: Path) -> PackTrainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(SMALL), default="reverse", help="of the demo")
     parser.add_argument("--seeds", type=int, default=8, help="runs of our pack")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each variant in each round")
     parser.add_argument("--profile", action="store_true", help="where our CPU time goes, and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = DEMO.with_overrides({"budget.epochs": FOREVER})
+    base = DEMO.with_overrides({**SMALL[options.task], "budget.epochs": FOREVER})
     seeds = [base.with_overrides({"seed": n, "task.seed": n}) for n in range(options.seeds)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(base, options.seeds, Path(folder))
@@ -125,7 +126,7 @@ def main() -> None:
         ("  with evaluations each epoch", f"{1e3 * middle['often']:.2f}", f"{count / middle['often']:.0f}"),
         ("  its training steps alone", f"{1e3 * middle['bare']:.2f}", f"{count / middle['bare']:.0f}"),
     ]
-    print_table("reverse, 80 tokens, 2 layers, width 64", ("", "CPU ms an epoch", "run-epochs/s"), rows)
+    print_table(f"{options.task}, 80 tokens, 2 layers, width 64", ("", "CPU ms an epoch", "run-epochs/s"), rows)
     finish(
         {
             "vs_original": count * ratio(times, "published", "packed"),
