@@ -437,6 +437,15 @@ def test_answers_of_probes_come_to_the_run_once(sweep):
     assert run.info.status == "FINISHED"
 
 
+def test_an_axis_of_names_is_a_parameter(sweep):
+    folder = whole_run(sweep, 0)
+    description = folder.description() | {"axes": {"task": "add", "model.num_layers": 2}}
+    (folder.path / "run.json").write_text(json.dumps(description))
+    track(sweep)
+    params = stored(sweep)[1][folder.run_id].data.params
+    assert (params["task"], params["model.num_layers"]) == ("add", "2")
+
+
 def test_answers_that_come_while_the_tracker_runs(sweep):
     folder = whole_run(sweep, 0)
     tracker = Tracker(sweep, interval_s=0.05)

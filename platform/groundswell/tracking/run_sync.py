@@ -199,7 +199,7 @@ class RunSync:
         memory = self.memory
         params: dict[str, str] = {}
         if not memory.params:
-            tree = flatten(self.folder.experiment_dict())
+            tree = self.folder.description()["axes"] | flatten(self.folder.experiment_dict())  # axes of names too
             params = {key_name(name): param_value(value) for name, value in tree.items()}
         batches = list(_batches(lines)) or [([], memory.last_step)]
         for readings, step in batches:

@@ -20,8 +20,10 @@ WIDTHS = {"attributes": 330, "params": 120, "metrics": 200}  # pixels
 def table_view(description: Mapping[str, Any], metrics: Iterable[str]) -> str:
     """The tag's value. `description` is sweep.json; `metrics` are names that the runs have measured."""
     own = description.get("metric")
-    accuracies = sorted(name for name in metrics if name.startswith("eval/") and name.endswith("/accuracy"))
-    chosen = list(dict.fromkeys([*([own] if own else []), *accuracies]))[:MAX_METRICS]
+    evaluated = sorted(name for name in metrics if name.startswith("eval/"))
+    measure = str(own).rpartition("/")[2]  # on other splits too, then accuracies
+    alike = [name for kind in (measure, "accuracy") for name in evaluated if name.endswith(f"/{kind}")]
+    chosen = list(dict.fromkeys([*([own] if own else []), *alike]))[:MAX_METRICS]
     shown = [_column("params", path) for path in description.get("axes", {})]
     shown += [_column("metrics", name) for name in chosen]
     order = [_column("attributes", "Run Name"), *shown]
