@@ -139,7 +139,7 @@ def reversal_report(results: Results) -> Report:
             figures[f"logits_{stem}"] = draw_heat_maps(maps)
         similarity = results.answer(first["run_id"], EmbeddingSimilarity.name())[1]
         if similarity:
-            groups = _first_experiment(results, first["run_id"]).draw().groups
+            groups = _task_of(results, first["run_id"]).draw().groups
             figures[f"cos_sim_{stem}"] = draw_similarity(
                 similarity["cos_sim"], {name: len(ids) for name, ids in groups.items()}
             )
@@ -161,7 +161,7 @@ def _replicates(results: Results) -> str:
     return f"{count} {axis}{'s' * (count > 1)}"
 
 
-def _first_experiment(results: Results, run_id: str) -> FactTask:
+def _task_of(results: Results, run_id: str) -> FactTask:
     assert results.folder is not None
     task = results.folder.run(run_id).experiment().task
     assert isinstance(task, FactTask)

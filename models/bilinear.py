@@ -7,7 +7,6 @@ e_y^T W e_x alone: the asymmetry behind the reversal curse, without anything els
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -69,7 +68,7 @@ class Bilinear(Model):
             "vocab_size": len(parameters[EMBEDDING]),
             huggingface.OURS: self.to_dict(),
         }
-        huggingface.write_folder(folder, json.loads(json.dumps(config)), parameters, vocabulary)
+        huggingface.write_folder(folder, config, parameters, vocabulary)
 
     def load_folder(self, folder: Path, vocab_size: int, max_length: int) -> dict[str, Tensor]:
         return huggingface.read_weights(folder, self.parameters(vocab_size, max_length), tied_head=False)

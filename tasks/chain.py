@@ -10,55 +10,29 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.random import RandomState
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from tasks.entities import Facts, FactTask, Panel, check_sizes, letters, sentences, split, words, woven
-from tasks.reverse import limited
+from tasks.entities import Facts, Panel, WordTask, sentences, woven
 
 ONE_HOP, TWO_HOP = 0, 1
 
 
-class Chain(FactTask):
+class Chain(WordTask):
     """Sentences `x → y`, `y → z` and `x ⇝ z`."""
 
     relations: ClassVar[tuple[str, ...]] = ("→", "⇝")
+    count_field: ClassVar[str] = "num_triples"
 
-    word_size: int = Field(1, ge=1, le=16, description="tokens of an entity")
     num_triples: int | None = Field(None, description="default: twice the alphabet, as far as there are words")
-    train_fraction: float = Field(0.7, gt=0, lt=1, description="triples whose three sentences are all trained")
-    original_limits: bool = Field(
-        False, description="at word_size 3 keep 100 training and 50 validation triples, as the published code does"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Chain:
-        self._count()
-        return self
-
-    @property
-    def entity_length(self) -> int:
-        return self.word_size
 
     @property
     def num_train(self) -> int:
         num_train, num_validation = self._sizes()
         return 3 * num_train + 2 * num_validation
 
-    def _count(self) -> int:
-        return check_sizes(self.entity_vocab_size, self.word_size, self.num_triples, self.train_fraction, "num_triples")
-
-    def _sizes(self) -> tuple[int, int]:
-        count = self._count()
-        return limited(round(self.train_fraction * count), count, self.word_size, self.original_limits)
-
     def draw(self) -> Facts:
         random = RandomState(self.seed)
-        size = self.entity_vocab_size // 4
-        alphabets = np.split(letters(random, self, 3 * size), 3)
-        x, y, z = words(random, alphabets, self.word_size, self._count())
-        train, validation = split(random, len(x), self.train_fraction)
-        num_train, num_validation = self._sizes()
-        train, validation = train[:num_train], validation[:num_validation]
+        alphabets, (x, y, z), train, validation = self._draw_words(random, 3)
         first, second, both = sentences(x, ONE_HOP, y), sentences(y, ONE_HOP, z), sentences(x, TWO_HOP, z)
         rows = np.concatenate(
             [woven(first[train], second[train], both[train]), woven(first[validation], second[validation])]

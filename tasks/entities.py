@@ -14,12 +14,13 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from numpy.random import RandomState
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from groundswell.protocols import Answer, Dataset, Task
 from tasks.examples import answer_split, make_dataset
 from tasks.vocabulary import IntArray, numbered
 
+ORIGINAL_LIMITS = (100, 50)  # a left-over of the published generator: training and validation facts at word_size 3
 LARGEST_POOL = 2**24  # words that are numbered and shuffled as a whole (128 MiB); of more, words are drawn one by one
 
 
@@ -90,6 +91,52 @@ class FactTask(Task):
         return make_dataset(self, vocabulary, {"train": train}, evaluation, answer)
 
 
+class WordTask(FactTask):
+    """Facts about words of any length over alphabets of a quarter of the token ids each.
+
+    A subclass names the field that counts its facts.
+    """
+
+    count_field: ClassVar[str]
+
+    word_size: int = Field(1, ge=1, le=16, description="tokens of an entity")
+    train_fraction: float = Field(0.7, gt=0, lt=1, description="facts of which every sentence is trained")
+    original_limits: bool = Field(
+        False, description="at word_size 3 keep 100 training and 50 validation facts, as the published code does"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> WordTask:
+        self._count()
+        return self
+
+    @property
+    def entity_length(self) -> int:
+        return self.word_size
+
+    def _count(self) -> int:
+        """Facts in all. Raises ValueError for sizes that do not go together."""
+        name = self.count_field
+        return check_sizes(self.entity_vocab_size, self.word_size, getattr(self, name), self.train_fraction, name)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Training and validation facts."""
+        count = self._count()
+        num_train = round(self.train_fraction * count)
+        sizes = num_train, count - num_train
+        if self.original_limits and self.word_size == 3:
+            return min(sizes[0], ORIGINAL_LIMITS[0]), min(sizes[1], ORIGINAL_LIMITS[1])
+        return sizes
+
+    def _draw_words(self, random: RandomState, kinds: int) -> tuple[list[IntArray], list[IntArray], IntArray, IntArray]:
+        """-> alphabets, words [N, k] of each kind, numbers of the training and of the validation facts."""
+        alphabets = np.split(letters(random, self, kinds * (self.entity_vocab_size // 4)), kinds)
+        count, (num_train, num_validation) = self._count(), self._sizes()
+        drawn = words(random, alphabets, self.word_size, count)
+        train, validation = split(random, count, self.train_fraction)
+        return alphabets, drawn, train[:num_train], validation[:num_validation]
+
+
 def letters(random: RandomState, task: FactTask, count: int) -> IntArray:
     """`count` distinct token ids; ids of relations are left out."""
     return random.choice(task.entity_vocab_size, count, replace=False) + len(task.relations)
@@ -135,11 +182,6 @@ def woven(*parts: IntArray) -> IntArray:
     return np.stack(parts, axis=1).reshape(-1, parts[0].shape[1])
 
 
-def default_count(alphabet_size: int, word_size: int) -> int:
-    """Facts in all: twice the alphabet, as far as there are words."""
-    return min(alphabet_size**word_size, 2 * alphabet_size)
-
-
 def check_sizes(entity_vocab_size: int, word_size: int, count: int | None, train_fraction: float, name: str) -> int:
     """-> facts in all. Raises ValueError that names the field and its allowed range."""
     alphabet = entity_vocab_size // 4
@@ -150,7 +192,7 @@ def check_sizes(entity_vocab_size: int, word_size: int, count: int | None, train
         raise ValueError(
             f"{name} {count} is out of range; word_size {word_size} over {alphabet} letters allows 2 to {pool}"
         )
-    count = count or default_count(alphabet, word_size)
+    count = count or min(pool, 2 * alphabet)  # twice the alphabet, as far as there are words
     if not 0 < round(train_fraction * count) < count:
         low, high = 0.5 / count, 1 - 0.5 / count
         raise ValueError(

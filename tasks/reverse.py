@@ -6,53 +6,32 @@ validation pair one direction, drawn at random, is trained and the other one ask
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.random import RandomState
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from tasks.entities import Facts, FactTask, Panel, check_sizes, letters, sentences, split, words, woven
+from tasks.entities import Facts, Panel, WordTask, sentences, woven
 
 FORWARD, BACKWARD = 0, 1
-ORIGINAL_LIMITS = (100, 50)  # a left-over of the published generator: training and validation facts at word_size 3
 
 
-class Reverse(FactTask):
+class Reverse(WordTask):
     """Sentences `x → y` and `y ← x`."""
 
-    word_size: int = Field(1, ge=1, le=16, description="tokens of an entity")
+    count_field: ClassVar[str] = "num_pairs"
+
     num_pairs: int | None = Field(None, description="default: twice the alphabet, as far as there are words")
-    train_fraction: float = Field(0.7, gt=0, lt=1, description="pairs that are stated both ways")
-    original_limits: bool = Field(
-        False, description="at word_size 3 keep 100 training and 50 validation pairs, as the published code does"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Reverse:
-        check_sizes(self.entity_vocab_size, self.word_size, self.num_pairs, self.train_fraction, "num_pairs")
-        return self
-
-    @property
-    def entity_length(self) -> int:
-        return self.word_size
 
     @property
     def num_train(self) -> int:
         num_train, num_validation = self._sizes()
         return 2 * num_train + num_validation
 
-    def _sizes(self) -> tuple[int, int]:
-        count = check_sizes(self.entity_vocab_size, self.word_size, self.num_pairs, self.train_fraction, "num_pairs")
-        return limited(round(self.train_fraction * count), count, self.word_size, self.original_limits)
-
     def draw(self) -> Facts:
         random = RandomState(self.seed)
-        size = self.entity_vocab_size // 4
-        alphabets = np.split(letters(random, self, 2 * size), 2)
-        count = check_sizes(self.entity_vocab_size, self.word_size, self.num_pairs, self.train_fraction, "num_pairs")
-        x, y = words(random, alphabets, self.word_size, count)
-        train, validation = split(random, count, self.train_fraction)
-        num_train, num_validation = self._sizes()
-        train, validation = train[:num_train], validation[:num_validation]
+        alphabets, (x, y), train, validation = self._draw_words(random, 2)
         forward, backward = sentences(x, FORWARD, y), sentences(y, BACKWARD, x)
         trained_forward = random.randint(2, size=len(validation)) == 1
         seen = np.where(trained_forward[:, None], forward[validation], backward[validation])
@@ -68,11 +47,3 @@ class Reverse(FactTask):
         }
         groups = {"relation": np.array([FORWARD, BACKWARD]), "x": x[:, 0], "y": y[:, 0]}
         return Facts(rows, unseen, alphabets, panels, groups)
-
-
-def limited(num_train: int, count: int, word_size: int, original: bool) -> tuple[int, int]:
-    """Training and validation facts."""
-    num_validation = count - num_train
-    if original and word_size == 3:
-        return min(num_train, ORIGINAL_LIMITS[0]), min(num_validation, ORIGINAL_LIMITS[1])
-    return num_train, num_validation

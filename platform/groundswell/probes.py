@@ -6,7 +6,6 @@ which says what was asked. A question that has been answered is not asked again.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -119,9 +118,7 @@ def _write(path: Path, probe: Probe, findings: Findings) -> Path:
         for stem, table in findings.tables.items():
             table.to_csv(folder / f"{check_name(stem, 'table name')}.csv", index=False)
         for stem, figure in findings.figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=150)
-            (folder / f"{check_name(stem, 'figure name')}.png").write_bytes(buffer.getvalue())
+            figure.savefig(folder / f"{check_name(stem, 'figure name')}.png", dpi=150)
         (folder / QUESTION).write_text(probe.canonical_json())
     return path
 
