@@ -22,8 +22,8 @@ def attention(
 ) -> Tensor:
     """Causal multi-head attention of A queries over T tokens.
 
-    query [K, B, A, d], key_value [K, B, T, 2d], positions [K, B, A] of the queries (None: A = T, all tokens in
-    order) -> [K, B, A, d]. `mask` [K, B, H, A, T], of dropout: what the attention weights are multiplied with.
+    query [K, B, A, d], key_value [K, B, T, 2d], positions [K, B, A] of the queries (None: the last A of the T tokens,
+    in order) -> [K, B, A, d]. `mask` [K, B, H, A, T], of dropout: what the attention weights are multiplied with.
     """
     num_runs, batch, num_queries, width = query.shape
     length = key_value.shape[2]
@@ -36,6 +36,8 @@ def attention(
         return _GroupedAttention.apply(q, kv, bias, mask, num_heads, group).view_as(query)
     q = query.reshape(rows, num_queries, num_heads, head).transpose(1, 2)
     k, v = key_value.reshape(rows, length, 2, num_heads, head).permute(2, 0, 3, 1, 4).unbind(0)
+    if positions is None and num_queries < length:
+        positions = torch.arange(length - num_queries, length, device=query.device).expand(num_runs, batch, -1)
     if length > SHORT and mask is None:
         visible = None if positions is None else _visible(positions, length).view(rows, 1, num_queries, length)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=positions is None)
@@ -62,7 +64,7 @@ def group_size(rows: int, length: int) -> int:
 
 
 def group_bias(query: Tensor, length: int, group: int, positions: Tensor | None) -> Tensor:
-    """-inf where a query may not look (later tokens, other examples): [G*T, G*T], or [M, G*A, G*T] with positions."""
+    """-inf where a query may not look (later tokens, other examples): [G*A, G*T], or [M, G*A, G*T] with positions."""
     num_queries = query.shape[1] // group
     first, own, causal = _group_frame(length, group, num_queries, query.dtype)
     if positions is None:
@@ -76,7 +78,7 @@ def _group_frame(length: int, group: int, num_queries: int, dtype: torch.dtype) 
     """What depends on shapes alone: each query's first own key [G*A], its own keys [G*A, G*T], the causal bias."""
     example = torch.arange(group).repeat_interleave(num_queries)
     own = example.unsqueeze(-1) == torch.arange(group * length) // length
-    later = torch.ones(num_queries, length, dtype=torch.bool).triu(1).repeat(group, group)
+    later = torch.ones(num_queries, length, dtype=torch.bool).triu(1 + length - num_queries).repeat(group, group)
     causal = torch.zeros(own.shape, dtype=dtype).masked_fill_(later | ~own, float("-inf"))
     return example * length, own, causal
 

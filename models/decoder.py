@@ -18,7 +18,7 @@ from torch import Tensor
 
 from groundswell.config import ConfigError
 from groundswell.protocols import Model, Parameters, ParameterSpec, Task
-from models import huggingface
+from models import cached, huggingface
 from models.attention import SHORT, attention
 from models.fused import PARTS, FusedBlock, Geometry
 from models.layers import (
@@ -136,14 +136,16 @@ class Decoder(Model):
 
     # ---- forward pieces ----
 
-    def embed(self, parameters: Parameters, tokens: Tensor, generators: Generators | None = None) -> Tensor:
-        """tokens [K, B, T] -> residual stream before the first block [K, B, T, d]."""
+    def embed(
+        self, parameters: Parameters, tokens: Tensor, generators: Generators | None = None, start: int = 0
+    ) -> Tensor:
+        """tokens [K, B, T], the first at position `start` -> residual stream before the first block [K, B, T, d]."""
         x = embed(parameters[WTE], tokens)
         if self.position_encoding == "absolute":
             positions = parameters[WPE]
             length = tokens.shape[-1]
             if length < positions.shape[1]:
-                positions = positions[:, :length]
+                positions = positions[:, start : start + length]
             x = x + positions.unsqueeze(1)
         return dropout(x, self.dropout, generators)
 
@@ -168,29 +170,54 @@ class Decoder(Model):
         if self._can_fuse(x):
             return self._fused_block(parameters, name, x, positions, masks)
         attention_mask, branch_mask, mlp_mask = masks
-        rows = _rows(x)
-        normal = self._norm(parameters, f"{name}ln_1", rows)
-        weight, bias = _weights(parameters, f"{name}attn.c_attn")
-        shape, widths = x.shape[:-1], [self.width, 2 * self.width]
+        length = x.shape[2]
         if positions is None:
-            query, key_value = linear(normal, weight, bias).view(*shape, 3 * self.width).split(widths, -1)
+            rows, (query, key_value) = _rows(x), self.query_key_value(parameters, layer, x)
         else:
             rows = _rows(take(x, positions))
+            weight, bias = _weights(parameters, f"{name}attn.c_attn")
+            widths = [self.width, 2 * self.width]
             (query_weight, kv_weight), (query_bias, kv_bias) = weight.split(widths, -1), bias.split(widths, -1)
-            normal_query = self._norm(parameters, f"{name}ln_1", rows)
-            query = linear(normal_query, query_weight, query_bias).view(*positions.shape, -1)
-            key_value = linear(normal, kv_weight, kv_bias).view(*shape, -1)
-        if self.position_encoding == "rotary":
-            length, heads, turned = shape[-1], self.num_heads, self.rotary_dim
-            query = rotate(query, positions, length, heads, turned)
-            key, value = key_value.chunk(2, -1)
-            key_value = torch.cat([rotate(key, None, length, heads, turned), value], -1)
+            query = linear(self._norm(parameters, f"{name}ln_1", rows), query_weight, query_bias)
+            key_value = linear(self._norm(parameters, f"{name}ln_1", _rows(x)), kv_weight, kv_bias)
+            query = self._rotate(query.view(*positions.shape, -1), positions, length)
+            key_value = self._rotate_keys(key_value.view(*x.shape[:-1], -1), None, length)
         mixed = attention(query, key_value, positions, self.num_heads, attention_mask)
-        branch = linear(_rows(mixed), *_weights(parameters, f"{name}attn.c_proj"))
+        branch = self.attention_branch(parameters, layer, _rows(mixed))
         rows = rows + (branch if branch_mask is None else branch * _rows(branch_mask))
-        hidden = linear(self._norm(parameters, f"{name}ln_2", rows), *_weights(parameters, f"{name}mlp.c_fc"))
-        branch = linear(ACTIVATIONS[self.activation](hidden), *_weights(parameters, f"{name}mlp.c_proj"))
+        branch = self.mlp_branch(parameters, layer, rows)
         return (rows + (branch if mlp_mask is None else branch * _rows(mlp_mask))).view(*mixed.shape)
+
+    def query_key_value(self, parameters: Parameters, layer: int, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """x [K, B, T, d] of the positions from `start` on -> queries [K, B, T, d], keys and values [K, B, T, 2d]."""
+        name = f"transformer.h.{layer % self.num_layers}."
+        normal = self._norm(parameters, f"{name}ln_1", _rows(x))
+        both = linear(normal, *_weights(parameters, f"{name}attn.c_attn")).view(*x.shape[:-1], 3 * self.width)
+        query, key_value = both.split([self.width, 2 * self.width], -1)
+        end = start + x.shape[2]
+        positions = torch.arange(start, end, device=x.device).expand(x.shape[:3]) if start else None
+        return self._rotate(query, positions, end), self._rotate_keys(key_value, positions, end)
+
+    def _rotate(self, x: Tensor, positions: Tensor | None, length: int) -> Tensor:
+        """Queries or keys of tokens at `positions` below `length` (None: all in order), turned where that is asked."""
+        rotary = self.position_encoding == "rotary"
+        return rotate(x, positions, length, self.num_heads, self.rotary_dim) if rotary else x
+
+    def _rotate_keys(self, key_value: Tensor, positions: Tensor | None, length: int) -> Tensor:
+        if self.position_encoding != "rotary":
+            return key_value
+        key, value = key_value.chunk(2, -1)
+        return torch.cat([self._rotate(key, positions, length), value], -1)
+
+    def attention_branch(self, parameters: Parameters, layer: int, rows: Tensor) -> Tensor:
+        """What the heads found, side by side [(K,) N, d] -> what the attention adds to the residual stream."""
+        return linear(rows, *_weights(parameters, f"transformer.h.{layer % self.num_layers}.attn.c_proj"))
+
+    def mlp_branch(self, parameters: Parameters, layer: int, rows: Tensor) -> Tensor:
+        """Residual stream after the attention [(K,) N, d] -> what the MLP adds to it."""
+        name = f"transformer.h.{layer % self.num_layers}."
+        hidden = linear(self._norm(parameters, f"{name}ln_2", rows), *_weights(parameters, f"{name}mlp.c_fc"))
+        return linear(ACTIVATIONS[self.activation](hidden), *_weights(parameters, f"{name}mlp.c_proj"))
 
     def _dropout_masks(self, x: Tensor, positions: Tensor | None, generators: Generators | None) -> Masks:
         """A block's three, drawn together: for attention weights [K, B, H, A, T] and for both branches [K, B, A, d]."""
@@ -271,6 +298,9 @@ class Decoder(Model):
     def logits(self, parameters: Parameters, tokens: Tensor) -> Tensor:
         """tokens [K, B, T] -> logits at every position [K, B, T, V]."""
         return self.unembed(parameters, self.hidden_states(parameters, tokens)[:, -1])
+
+    def generate(self, parameters: Parameters, prompts: Tensor, num_tokens: int) -> Tensor:
+        return cached.generate(self, parameters, prompts, num_tokens)
 
     def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
         """Matrix-multiply FLOPs of `answer_logits` for one example."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.random import RandomState
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
@@ -18,6 +19,7 @@ from pydantic import Field, model_validator
 from groundswell.config import ConfigError
 from groundswell.protocols import Answer, Dataset, Split, Task
 from tasks.examples import answer_split, make_dataset, sample
+from tasks.tracing import Reading, Traceable, TracingExamples, choose_rows, make_role, prompts_of_length
 from tasks.vocabulary import PAD, SPECIAL_TOKENS, STOP, IntArray, numbered
 
 
@@ -44,7 +46,7 @@ class KnowledgeGraph:
         return rows, np.repeat(self.ood.ravel(), degree), self.ood[bridges].ravel()
 
 
-class Composition(Task):
+class Composition(Task, Traceable):
     """Atomic and two-hop facts. At one seed, all phi share the graph and the tests, and their training sets nest."""
 
     packable: ClassVar[frozenset[str]] = frozenset({"seed"})
@@ -135,6 +137,9 @@ class Composition(Task):
             candidates={"train_inferred": len(pool), "test_inferred_iid": len(iid), "test_inferred_ood": len(ood)},
         )
 
+    def tracing_examples(self, dataset: Dataset, split: str, count: int, seed: int) -> TracingExamples:
+        return tracing_examples(dataset, split, count, seed)
+
     def _draw_graph(self, random: RandomState) -> KnowledgeGraph:
         """The order of the draws is the published generator's, so a seed gives its graph."""
         shape = (self.num_entities, self.out_degree)
@@ -155,3 +160,51 @@ class Composition(Task):
             stop = first_relation + self.num_relations + SPECIAL_TOKENS.index(STOP)
             rows = np.column_stack([rows, np.full(len(rows), stop)])
         return answer_split(rows, facts.shape[1] - 1, self.max_length, pad=self.vocab_size - 1)
+
+
+# ---- looking inside ----
+
+
+def tracing_examples(dataset: Dataset, split: str, count: int, seed: int) -> TracingExamples:
+    """Two-hop prompts `<h><r1><r2>` with bridge b and answer t; facts are read off the training rows.
+
+    Candidates are in-distribution (ID): of edges that a training path uses.
+    h: ID heads h' for which (h', r1, r2) does not lead to t, or nowhere. r1: relations of h's ID edges whose tail does
+    not lead to t by r2. r2: relations of b's ID edges with another tail than t.
+    """
+    tails, is_id = _facts(dataset)
+    rows = choose_rows(dataset, split, count, seed)
+    chosen = dataset.evaluation[split]
+    rows = rows[prompts_of_length(chosen, 3)[rows]]
+    prompts, answers = chosen.tokens[rows, :3].numpy(), chosen.targets[rows, 0].numpy()
+    heads, first, second = prompts.T
+    bridges = tails[heads, first]
+    if not len(rows) or (bridges < 0).any() or (tails[bridges, second] != answers).any():
+        raise ValueError(f"split: '{split}' has questions that are no compositions of training facts; trace another")
+    id_heads = is_id.any(axis=1)
+    candidates: dict[str, list[IntArray]] = {"h": [], "r1": [], "r2": []}
+    for h, r1, r2, b, t in np.column_stack([prompts, bridges, answers]):
+        # tails[-1] is the pad token's row, which has no facts: what leads nowhere stays nowhere
+        candidates["h"].append(np.flatnonzero(id_heads & (tails[tails[:, r1], r2] != t)))
+        candidates["r1"].append(np.flatnonzero(is_id[h] & (tails[tails[h], r2] != t)))
+        candidates["r2"].append(np.flatnonzero(is_id[b] & (tails[b] != t)))
+    return TracingExamples(
+        torch.from_numpy(prompts),
+        torch.from_numpy(answers),
+        torch.from_numpy(rows),
+        ("h", "r1", "r2"),
+        {"b": Reading(1, torch.from_numpy(bridges)), "r2": Reading(2, torch.from_numpy(second.copy()))},
+        {name: make_role(prompts, i, i + 1, found, i, seed) for i, (name, found) in enumerate(candidates.items())},
+    )
+
+
+def _facts(dataset: Dataset) -> tuple[IntArray, NDArray[np.bool_]]:
+    """By token ids: tails [V, V] of (head, relation), -1 where there is no fact, and which edges are ID [V, V]."""
+    train, size = dataset.train, len(dataset.vocabulary)
+    tokens, targets = train.tokens.numpy(), train.targets[:, 0].numpy()
+    atomic, paths = prompts_of_length(train, 2), tokens[prompts_of_length(train, 3), :3]
+    tails, is_id = np.full((size, size), -1), np.zeros((size, size), bool)
+    tails[tokens[atomic, 0], tokens[atomic, 1]] = targets[atomic]
+    is_id[paths[:, 0], paths[:, 1]] = True
+    is_id[tails[paths[:, 0], paths[:, 1]], paths[:, 2]] = True
+    return tails, is_id

@@ -18,13 +18,15 @@ from pydantic import Field, model_validator
 
 from groundswell.files import atomic_write
 from groundswell.protocols import IGNORE, Answer, Dataset, Split, Task
+from tasks import comparison, composition
 from tasks.examples import digest, row_texts
+from tasks.tracing import Traceable, TracingExamples
 from tasks.vocabulary import ANSWER, PAD, STOP, IntArray, Vocabulary
 
 TRAIN, VALID, TEST, VOCABULARY = "train.json", "valid.json", "test.json", "vocab.json"
 
 
-class Folder(Task):
+class Folder(Task, Traceable):
     """A data set somebody generated before. The folder must not change while runs on it are compared or resumed."""
 
     path: Path = Field(description="folder with train.json, test.json and vocab.json")
@@ -51,6 +53,13 @@ class Folder(Task):
         dataset = self._dataset()
         manifest = {"spec": self.to_dict(), **dataset.manifest}
         return Dataset(dataset.vocabulary, dataset.train, dataset.evaluation, dataset.answer, manifest)
+
+    def tracing_examples(self, dataset: Dataset, split: str, count: int, seed: int) -> TracingExamples:
+        """As the generator whose tokens the vocabulary has."""
+        for token, generator in (("<r_0>", composition), ("<attr_0>", comparison)):
+            if token in dataset.vocabulary:
+                return generator.tracing_examples(dataset, split, count, seed)
+        raise ValueError(f"task: the data set in {self.path} is neither composition nor comparison; it has no roles")
 
     def _dataset(self) -> Dataset:
         names = (TRAIN, VALID, TEST, VOCABULARY)

@@ -125,6 +125,19 @@ class Model(Component, ABC):
         `generators` (one a run, on the tokens' device) switches the stochastic parts on; None is evaluation.
         """
 
+    def generate(self, parameters: Parameters, prompts: Tensor, num_tokens: int) -> Tensor:
+        """Greedy decoding: prompts [K, B, P] -> the next tokens [K, B, num_tokens], each the lowest id of the best.
+
+        This simple version runs all tokens again for each new one; a model with a key-value cache has its own.
+        """
+        import torch
+
+        tokens = prompts
+        for _ in range(num_tokens):
+            last = tokens.new_full((*tokens.shape[:2], 1), tokens.shape[-1] - 1)
+            tokens = torch.cat([tokens, self.answer_logits(parameters, tokens, last).argmax(-1)], -1)
+        return tokens[:, :, prompts.shape[-1] :]
+
     @abstractmethod
     def save_folder(self, parameters: Parameters, folder: Path, vocabulary: Sequence[str]) -> None:
         """Write one run's network (parameters [*shape], no trial axis) as a folder others can load."""

@@ -1,0 +1,307 @@
+"""Causal tracing: which states carry what an answer needs (Wang et al. 2024, arXiv 2405.15071, sections 3.3 and 4.2).
+
+A state of the run is replaced by that of a counterfactual prompt, which asks for another answer; the network runs on
+from there. What happens to the rank of the right token at a target state (by default the answer after the last layer)
+is the replaced state's effect.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from analysis.logit_lens import all_readings, mean_reciprocal_rank
+from analysis.patching import continued, head_patches, joined_prefix, mlp_patches, read_tokens
+from groundswell.experiment import Experiment
+from groundswell.probes import Findings, Opened, Probe
+from groundswell.protocols import Parameters
+from groundswell.rundir import RunFolder
+from groundswell.training.pack import build_dataset
+from models import cached
+from models.decoder import Decoder
+from tasks.tracing import Role, Traceable, TracingExamples
+
+Part = Literal["states", "heads", "mlps"]
+BATCH_ROWS = (
+    2**13
+)  # token rows of patched copies computed at once: large enough for full speed, small enough for caches
+
+
+class CausalTracing(Probe):
+    """Effects of replacing each role's states after each layer (and, if asked for, single heads and MLPs).
+
+    Scalars: `trace/<target>/<role>/layer_<l>/altered` is the published causal strength, the share of examples whose
+    right token is not ranked first after the patch, whatever it was before; `.../strength` counts only examples that
+    the unpatched network gets right (`trace/<target>/n_correct` of them). The table has both, the share whose first
+    token changes at all, the MRR after the patch, for heads and MLPs too.
+    """
+
+    headlines: ClassVar[tuple[str, ...]] = ("trace/*/n_correct", "trace/skipped")
+
+    split: str = Field("train_inferred", description="evaluation split to take examples from")
+    num_examples: int = Field(300, gt=0, description="examples, drawn by seed; the same for all checkpoints")
+    seed: int = Field(0, ge=0, description="of the choice of examples and of counterfactuals")
+    targets: tuple[str, ...] = Field(
+        ("answer",),
+        description="states to look at: answer, <fact>@<layer> (for instance b@5), or S[<layer>,<position>] as in the "
+        "paper (S[5,r1], S[5,e2])",
+    )
+    parts: tuple[Part, ...] = Field(
+        ("states",), description="what is replaced: whole states, outputs of single heads, outputs of MLPs"
+    )
+    examples: bool = Field(False, description="write the ranks of each example as JSON, named as the original does")
+    held_out: str = Field("test_inferred_iid", description="split whose accuracy marks grokking in the figures")
+
+    def objection(self, experiment: Experiment) -> str | None:
+        if not isinstance(experiment.model, Decoder):
+            return f"model {type(experiment.model).__name__} is no Decoder: it has no layers to patch"
+        if not isinstance(experiment.task, Traceable):
+            return f"task {type(experiment.task).__name__} has no tracing roles; composition and comparison have"
+        return None
+
+    def run(self, opened: Opened) -> Findings:
+        model, task = opened.experiment.model, opened.experiment.task
+        assert isinstance(model, Decoder) and isinstance(task, Traceable)
+        examples = task.tracing_examples(build_dataset(opened.experiment), self.split, self.num_examples, self.seed)
+        effects = trace(model, opened.parameters, examples, self.targets, self.parts)
+        table = summarise(effects, examples)
+        arrays = {f"{e.part}-{e.target}-{e.role}".replace("@", "_layer_"): e.ranks for e in effects}
+        texts = {"examples.json": json.dumps(per_example(effects, examples))} if self.examples else {}
+        return Findings(scalars(table), arrays, {"effects": table}, texts=texts)
+
+    def over_time(self, folder: RunFolder, answers: Mapping[int, Path]) -> Findings | None:
+        from analysis.circuits import tracing_over_time
+
+        return tracing_over_time(folder, answers, self.split, self.held_out)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A state, and for each example the token whose rank there is looked at."""
+
+    name: str
+    layer: int
+    position: int
+    tokens: Tensor  # [N]
+    ranks: Tensor  # [N] in the unpatched run
+    best: Tensor  # [N] first token of the unpatched run
+
+
+@dataclass(frozen=True)
+class Effect:
+    """On one target, of the patches of one part (L layers, counted from 1, of C copies each) for one role."""
+
+    target: str
+    part: Part
+    role: str
+    before: np.ndarray  # [N] rank before
+    ranks: np.ndarray  # [L, C, N] rank after: int32
+    changed: np.ndarray  # [L, C, N] is the first token another one
+
+
+# ---- the computation ----
+
+
+@torch.no_grad()
+def trace(
+    model: Decoder,
+    parameters: Parameters,
+    examples: TracingExamples,
+    targets: Sequence[str] = ("answer",),
+    parts: Sequence[Part] = ("states",),
+) -> list[Effect]:
+    """All patches of all roles. Raises ValueError for a target that cannot be read."""
+    device = next(iter(parameters.values())).device
+    normal = cached.forward(model, parameters, examples.prompts[None].to(device))
+    aims = [find_target(name, model, parameters, examples, normal) for name in targets]
+    effects = []
+    for role_name, role in examples.roles.items():
+        other = cached.forward(model, parameters, role.prompts[None].to(device))
+        for part in parts:
+            found = _trace_part(model, parameters, normal, other, role, part, aims)
+            for aim, (ranks, best) in zip(aims, found, strict=True):
+                changed = best != aim.best
+                effects.append(Effect(aim.name, part, role_name, *(_array(x) for x in (aim.ranks, ranks, changed))))
+    return effects
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return (x if x.dtype == torch.bool else x.to(torch.int32)).cpu().numpy()
+
+
+def find_target(
+    name: str, model: Decoder, parameters: Parameters, examples: TracingExamples, normal: cached.Pass
+) -> Target:
+    """Raises ValueError for a name that is none, naming those there are."""
+    depth, readings = model.num_effective_layers, all_readings(examples)
+    state = re.fullmatch(r"S\[(\d+), ?(\w+)\]", name)
+    reading = re.fullmatch(r"(\w+)(?:@(\d+))?", name)
+    tokens: Tensor | None = None
+    if state and state[2] in examples.position_names:
+        layer, position = int(state[1]), examples.position_names.index(state[2])
+        held = [r.tokens for label, r in readings.items() if r.position == position and label != "answer"]
+        tokens = held[0] if held else None
+    elif reading and reading[1] in readings:
+        layer, position = int(reading[2] or depth), readings[reading[1]].position
+        tokens = readings[reading[1]].tokens
+    else:
+        known = ", ".join([*readings, *(f"S[<layer>,{label}]" for label in examples.position_names)])
+        raise ValueError(f"targets: '{name}' is no state to look at; there are {known}")
+    if not 1 <= layer <= depth:
+        raise ValueError(f"targets: '{name}' needs a layer from 1 to {depth}")
+    states = normal.states[layer][:, :, position]
+    any_token = torch.zeros(len(examples), dtype=torch.int64, device=states.device)
+    best = read_tokens(model, parameters, states, any_token)[1][0]
+    tokens = best if tokens is None else tokens.to(states.device)  # nothing is known of it: what it says unpatched
+    ranks = read_tokens(model, parameters, states, tokens)[0][0]
+    return Target(name, layer, position, tokens, ranks, best)
+
+
+def _trace_part(
+    model: Decoder,
+    parameters: Parameters,
+    normal: cached.Pass,
+    other: cached.Pass,
+    role: Role,
+    part: Part,
+    aims: Sequence[Target],
+) -> list[tuple[Tensor, Tensor]]:
+    """For each target: rank and first token after each patch, [L, C, N] each."""
+    states = part == "states"
+    start = role.stop if states else role.start  # the first position that has to be computed
+    prefix = joined_prefix(normal, other if states else normal, role.start, start)
+    copies = {"states": 1, "heads": model.num_heads, "mlps": 1}[part]
+    last = max(aim.layer for aim in aims)
+    num_layers = {aim.name: aim.layer - states for aim in aims}  # replacing the target state itself says nothing
+    width, total = normal.states[0].shape[2] - start, normal.states[0].shape[1]
+    size = max(1, BATCH_ROWS // max(1, copies * last * max(width, 1)))
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {aim.name: [] for aim in aims}
+    for low in range(0, total, size):
+        rows = slice(low, min(low + size, total))
+        mine, theirs = _select(normal, rows), _select(other, rows)
+        for aim, after in _patched_targets(
+            model, parameters, mine, theirs, role, part, [x[rows] for x in prefix], aims, start, last
+        ):
+            after = after[: num_layers[aim.name] * copies]
+            found[aim.name].append(read_tokens(model, parameters, after, aim.tokens[rows]))
+    return [
+        tuple(torch.cat(x, dim=1).view(num_layers[aim.name], copies, total) for x in zip(*found[aim.name], strict=True))  # type: ignore[misc]
+        for aim in aims
+    ]
+
+
+def _select(run: cached.Pass, rows: slice) -> cached.Pass:
+    return cached.Pass(*([x[:, rows] for x in field] for field in (run.states, run.key_values, run.mixed)))
+
+
+def _patched_targets(
+    model: Decoder,
+    parameters: Parameters,
+    normal: cached.Pass,
+    other: cached.Pass,
+    role: Role,
+    part: Part,
+    prefix: Sequence[Tensor],
+    aims: Sequence[Target],
+    start: int,
+    last: int,
+) -> Iterator[tuple[Target, Tensor]]:
+    """Each target's states [copies of all layers so far, B, d] after the patches."""
+    fixed = [aim for aim in aims if aim.position < start]
+    copies = model.num_heads if part == "heads" else 1
+    for aim in fixed:  # no patch reaches it but that of its own column
+        run = other if part == "states" and aim.position >= role.start else normal
+        yield aim, run.states[aim.layer][:, :, aim.position].expand(aim.layer * copies, -1, -1)
+    free = [aim for aim in aims if aim.position >= start]
+    if not free or (part == "states" and last == 1):
+        yield from ((aim, normal.states[0][:0, :, aim.position]) for aim in free)
+        return
+    end = normal.states[0].shape[2] - 1
+    if part == "states":
+        entering = {layer: normal.states[layer][:, :, start:] for layer in range(1, last)}
+        last_only = all(aim.position == end for aim in free if aim.layer == last)
+    else:
+        patch = head_patches if part == "heads" else mlp_patches
+        entering = {
+            layer: patch(model, parameters, normal, other, layer, role.start, role.stop) for layer in range(1, last + 1)
+        }
+        last_only = False
+    for layer, x in continued(model, parameters, prefix, entering, last, last_only):
+        for aim in free:
+            if aim.layer == layer:
+                yield aim, x[:, :, aim.position - end - 1]
+
+
+# ---- what it amounts to ----
+
+
+def summarise(effects: Sequence[Effect], examples: TracingExamples) -> pd.DataFrame:
+    """One row a target, part, role, layer and head (-1: none). Examples without a counterfactual are left out.
+
+    altered: share with rank > 0 after the patch (as published). strength: the same among the `n_correct` with rank 0
+    before it. changed: share whose first token is another one. mrr_before, mrr: of the right token. n, skipped.
+    """
+    rows: list[dict[str, Any]] = []
+    for effect in effects:
+        possible = examples.roles[effect.role].possible
+        before = effect.before[possible]
+        for layer, by_copy in enumerate(effect.ranks, start=1):
+            for copy, ranks in enumerate(by_copy[:, possible]):
+                right = ranks[before == 0]
+                rows.append(
+                    {
+                        "target": effect.target,
+                        "part": effect.part,
+                        "role": effect.role,
+                        "layer": layer,
+                        "head": copy if effect.part == "heads" else -1,
+                        "altered": _mean(ranks != 0),
+                        "strength": _mean(right != 0),
+                        "changed": _mean(effect.changed[layer - 1, copy, possible]),
+                        "mrr_before": float(mean_reciprocal_rank(before)) if len(before) else float("nan"),
+                        "mrr": float(mean_reciprocal_rank(ranks)) if len(ranks) else float("nan"),
+                        "n": len(ranks),
+                        "n_correct": len(right),
+                        "skipped": int((~possible).sum()),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(x.mean()) if len(x) else float("nan")
+
+
+def scalars(table: pd.DataFrame) -> dict[str, float]:
+    """Of whole states; measures without examples are left out."""
+    found: dict[str, float] = {"trace/skipped": float(table.groupby("role")["skipped"].first().sum())}
+    for row in table[table["part"] == "states"].to_dict("records"):
+        target = row["target"].replace("@", "_layer_")
+        found[f"trace/{target}/n_correct"] = float(row["n_correct"])
+        for measure in ("altered", "strength", "changed"):
+            if not np.isnan(row[measure]):
+                found[f"trace/{target}/{row['role']}/layer_{row['layer']}/{measure}"] = row[measure]
+    return found
+
+
+def per_example(effects: Sequence[Effect], examples: TracingExamples) -> list[dict[str, int]]:
+    """The published record's names: `rank_before`, and `<role>_<layer>` for the answer; without skipped patches."""
+    mine = [effect for effect in effects if effect.part == "states" and effect.target == "answer"]
+    records: list[dict[str, int]] = []
+    for n in range(len(examples)):
+        record = {"rank_before": int(mine[0].before[n])} if mine else {}
+        for effect in mine:
+            if len(examples.roles[effect.role].candidates[n]):
+                record |= {f"{effect.role}_{layer}": int(x[0, n]) for layer, x in enumerate(effect.ranks, start=1)}
+        records.append(record)
+    return records
