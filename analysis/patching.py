@@ -106,6 +106,8 @@ def read_tokens(model: Decoder, parameters: Parameters, states: Tensor, tokens: 
     -> rank of tokens[b] (how many score higher; ties go to the lower id, as in a stable sort), the best token: [C, B].
     """
     copies, batch, width = states.shape
+    if not copies:
+        return (tokens.new_zeros(0, batch),) * 2
     rows, wanted = states.reshape(-1, width), tokens.repeat(copies)
     size = max(1, LENS_ELEMENTS // parameters[next(iter(parameters))].shape[1])
     found = [

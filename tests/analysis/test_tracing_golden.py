@@ -80,7 +80,7 @@ def test_examples_and_candidates_are_the_published_ones(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize(("name", "step"), [(name, step) for name, (*_, steps) in TASKS.items() for step in steps])
 def test_ranks_and_aggregates_are_the_published_ones(name: str, step: int, tmp_path: Path) -> None:
-    module, _, names, steps = TASKS[name]
+    module, _, names, _ = TASKS[name]
     recorded, data = load(f"trace_{name}"), published_data(name, tmp_path)
     checkpoint = recorded["checkpoints"].index(str(step))
     picks = [
