@@ -20,13 +20,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from analysis.logit_lens import all_readings, mean_reciprocal_rank
+from analysis.logit_lens import all_readings, look, mean_reciprocal_rank
 from analysis.patching import continued, head_patches, joined_prefix, mlp_patches, read_tokens
 from groundswell.experiment import Experiment
 from groundswell.probes import Findings, Opened, Probe
 from groundswell.protocols import Parameters
 from groundswell.rundir import RunFolder
-from groundswell.training.pack import build_dataset
 from models import cached
 from models.decoder import Decoder
 from tasks.tracing import Role, Traceable, TracingExamples
@@ -70,10 +69,10 @@ class CausalTracing(Probe):
         return None
 
     def run(self, opened: Opened) -> Findings:
-        model, task = opened.experiment.model, opened.experiment.task
-        assert isinstance(model, Decoder) and isinstance(task, Traceable)
-        examples = task.tracing_examples(build_dataset(opened.experiment), self.split, self.num_examples, self.seed)
-        effects = trace(model, opened.parameters, examples, self.targets, self.parts)
+        model = opened.experiment.model
+        assert isinstance(model, Decoder)
+        examples, normal = look(opened, self.split, self.num_examples, self.seed)
+        effects = trace(model, opened.parameters, examples, self.targets, self.parts, normal)
         table = summarise(effects, examples)
         arrays = {f"{e.part}-{e.target}-{e.role}".replace("@", "_layer_"): e.ranks for e in effects}
         texts = {"examples.json": json.dumps(per_example(effects, examples))} if self.examples else {}
@@ -119,14 +118,18 @@ def trace(
     examples: TracingExamples,
     targets: Sequence[str] = ("answer",),
     parts: Sequence[Part] = ("states",),
+    normal: cached.Pass | None = None,
 ) -> list[Effect]:
-    """All patches of all roles. Raises ValueError for a target that cannot be read."""
+    """All patches of all roles. `normal`: the pass over the prompts, where it is there already.
+
+    Raises ValueError for a target that cannot be read.
+    """
     device = next(iter(parameters.values())).device
-    normal = cached.forward(model, parameters, examples.prompts[None].to(device))
+    normal = normal or cached.forward(model, parameters, examples.prompts[None].to(device))
     aims = [find_target(name, model, parameters, examples, normal) for name in targets]
     effects = []
     for role_name, role in examples.roles.items():
-        other = cached.forward(model, parameters, role.prompts[None].to(device))
+        other = cached.forward(model, parameters, role.prompts[None].to(device), normal, role.start)
         for part in parts:
             found = _trace_part(model, parameters, normal, other, role, part, aims)
             for aim, (ranks, best) in zip(aims, found, strict=True):

@@ -41,8 +41,9 @@ class Evaluate(Probe):
         for name in self.splits:
             if name not in dataset.evaluation:
                 raise ValueError(f"splits: the task has no split '{name}'; it has {', '.join(dataset.evaluation)}")
-        device = next(iter(opened.parameters.values())).device
-        rows, items = [], []
+        device = opened.device
+        rows: list[dict[str, Any]] = []
+        items: list[dict[str, Any]] = []
         for name in self.splits or tuple(dataset.evaluation):
             split = dataset.evaluation[name].select(slice(0, self.max_examples)).to(device)
             if not len(split):

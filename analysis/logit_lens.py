@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,8 +20,8 @@ from torch import Tensor
 from analysis.patching import read_tokens
 from groundswell.experiment import Experiment
 from groundswell.probes import Findings, Opened, Probe
-from groundswell.protocols import Dataset, Parameters
-from groundswell.training.pack import build_dataset
+from groundswell.protocols import Dataset, Parameters, Task
+from groundswell.training.pack import dataset_of
 from models import cached
 from models.decoder import Decoder
 from tasks.tracing import Reading, Traceable, TracingExamples, choose_rows
@@ -48,17 +49,35 @@ class LogitLens(Probe):
         return None
 
     def run(self, opened: Opened) -> Findings:
-        model, task = opened.experiment.model, opened.experiment.task
+        model = opened.experiment.model
         assert isinstance(model, Decoder)
-        dataset = build_dataset(opened.experiment)
-        if isinstance(task, Traceable):
-            examples = task.tracing_examples(dataset, self.split, self.num_examples, self.seed)
-        else:
-            examples = answer_examples(dataset, self.split, self.num_examples, self.seed)
-        ranks = lens_ranks(model, opened.parameters, examples)
+        examples, normal = look(opened, self.split, self.num_examples, self.seed)
+        ranks = lens_ranks(model, opened.parameters, examples, normal)
         table = summarise(ranks, examples, self.recall_at)
         texts = {"examples.json": json.dumps(per_example(ranks, examples))} if self.examples else {}
         return Findings(scalars(table, examples), {"ranks": ranks}, {"lens": table}, texts=texts)
+
+
+def look(opened: Opened, split: str, count: int, seed: int) -> tuple[TracingExamples, cached.Pass]:
+    """Examples, and the pass over their prompts: made once for all probes of a checkpoint. Raises ValueError for a
+    split that cannot be looked at."""
+    key = (split, count, seed)
+    if key not in opened.memo:
+        model = opened.experiment.model
+        assert isinstance(model, Decoder)
+        examples = _examples(opened.experiment.task.canonical_json(), *key)
+        device = opened.device
+        opened.memo[key] = examples, cached.forward(model, opened.parameters, examples.prompts[None].to(device))
+    return opened.memo[key]
+
+
+@lru_cache(maxsize=4)
+def _examples(canonical_task: str, split: str, count: int, seed: int) -> TracingExamples:
+    """Kept, because all checkpoints of a run are asked the same."""
+    task, dataset = Task.from_dict(json.loads(canonical_task)), dataset_of(canonical_task)
+    if isinstance(task, Traceable):
+        return task.tracing_examples(dataset, split, count, seed)
+    return answer_examples(dataset, split, count, seed)
 
 
 def answer_examples(dataset: Dataset, split: str, count: int, seed: int) -> TracingExamples:
@@ -80,10 +99,16 @@ def all_readings(examples: TracingExamples) -> dict[str, Reading]:
 
 
 @torch.no_grad()
-def lens_ranks(model: Decoder, parameters: Parameters, examples: TracingExamples) -> np.ndarray:
-    """Rank of each reading's token in each state: int32 [readings, S + 1, T, N], readings as in `all_readings`."""
+def lens_ranks(
+    model: Decoder, parameters: Parameters, examples: TracingExamples, normal: cached.Pass | None = None
+) -> np.ndarray:
+    """Rank of each reading's token in each state: int32 [readings, S + 1, T, N], readings as in `all_readings`.
+
+    `normal`: the pass over the prompts, where it is there already.
+    """
     device = next(iter(parameters.values())).device
-    states = torch.stack(cached.forward(model, parameters, examples.prompts[None].to(device)).states)[:, 0]
+    normal = normal or cached.forward(model, parameters, examples.prompts[None].to(device))
+    states = torch.stack(normal.states)[:, 0]
     by_reading: list[Tensor] = []
     for reading in all_readings(examples).values():
         flat = states.transpose(1, 2).flatten(0, 1)  # [(S+1) * T, N, d]

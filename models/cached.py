@@ -54,17 +54,27 @@ def _by_row(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def forward(model: Decoder, parameters: Parameters, tokens: Tensor) -> Pass:
-    """tokens [K, B, T] from position 0 on."""
-    x = model.embed(parameters, tokens)
+def forward(
+    model: Decoder, parameters: Parameters, tokens: Tensor, known: Pass | None = None, num_known: int = 0
+) -> Pass:
+    """tokens [K, B, T] from position 0 on. The first `num_known` of them are those of the pass `known`: what it went
+    through there is taken over instead of computed."""
+    x = model.embed(parameters, tokens[:, :, num_known:], start=num_known)
     states, key_values, heads = [], [], []
     for layer in range(model.num_effective_layers):
         x = model.before_block(parameters, layer, x)
         states.append(x)
-        x, own, mixed = extend(model, parameters, layer, x, None)
+        past = known.key_values[layer][:, :, :num_known] if known else None
+        x, own, mixed = extend(model, parameters, layer, x, past)
         key_values.append(own)
         heads.append(mixed)
-    return Pass([*states, x], key_values, heads)
+    found = Pass([*states, x], key_values, heads)
+    return _joined(known, found, num_known) if known and num_known else found
+
+
+def _joined(known: Pass, found: Pass, num_known: int) -> Pass:
+    pairs = ((known.states, found.states), (known.key_values, found.key_values), (known.mixed, found.mixed))
+    return Pass(*([torch.cat([a[:, :, :num_known], b], dim=2) for a, b in zip(*pair, strict=True)] for pair in pairs))
 
 
 @torch.no_grad()

@@ -58,12 +58,24 @@ def test_tokens_after_a_past_are_those_of_the_whole(name: str, split: int) -> No
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_known_tokens_are_not_computed_again(name: str) -> None:
+    model = VARIANTS[name]
+    parameters, tokens = random_parameters(model, 6, 1), random_tokens(1, 4, 6)
+    known, whole = cached.forward(model, parameters, tokens), tokens.clone()
+    whole[:, :, 2:] = random_tokens(1, 4, 6)[:, :, :4]
+    found, plain = cached.forward(model, parameters, whole, known, 2), cached.forward(model, parameters, whole)
+    for mine, theirs in zip((found.states, found.key_values, found.mixed),
+                            (plain.states, plain.key_values, plain.mixed), strict=True):  # fmt: skip
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_decoding_with_a_cache_finds_what_decoding_without_finds(name: str) -> None:
     model = VARIANTS[name]
-    parameters, prompts = random_parameters(model, 9, 2), random_tokens(2, 5, 4)
+    parameters, prompts = random_parameters(model, 9, 2), random_tokens(2, 40, 4)
     found = model.generate(parameters, prompts, 6)
     assert torch.equal(found, Model.generate(model, parameters, prompts, 6))
-    assert found.shape == (2, 5, 6) and len(found.unique()) > 1
+    assert found.shape == (2, 40, 6) and len(found.unique()) > 1
     assert torch.equal(model.generate(parameters, prompts, 1), found[:, :, :1])
 
 

@@ -24,13 +24,14 @@ warnings.filterwarnings("ignore", message="grad and param do not obey the gradie
 
 
 @functools.lru_cache(maxsize=4)
-def _build_dataset(canonical_task: str) -> Dataset:
+def dataset_of(canonical_task: str) -> Dataset:
+    """As `build_dataset`, by the task's canonical JSON."""
     return Task.from_dict(json.loads(canonical_task)).build()
 
 
 def build_dataset(experiment: Experiment) -> Dataset:
     """The task's data set; the last few are kept, because neighbouring runs of a sweep share them."""
-    return _build_dataset(experiment.task.canonical_json())
+    return dataset_of(experiment.task.canonical_json())
 
 
 def resolve_device(scaling: Scaling) -> torch.device:
