@@ -7,8 +7,9 @@ higher (0 is best), over the closed vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from analysis.patching import read_tokens
 from groundswell.experiment import Experiment
 from groundswell.probes import Findings, Opened, Probe
 from groundswell.protocols import Dataset, Parameters, Task
+from groundswell.rundir import RunFolder
 from groundswell.training.pack import dataset_of
 from models import cached
 from models.decoder import Decoder
@@ -43,6 +45,8 @@ class LogitLens(Probe):
     recall_at: tuple[int, ...] = Field((1, 3), description="k of recall at k: share of examples with rank < k")
     examples: bool = Field(False, description="write the ranks of each example as JSON, named as the original does")
 
+    held_out: str = Field("test_inferred_iid", description="split whose accuracy marks grokking in the figures")
+
     def objection(self, experiment: Experiment) -> str | None:
         if not isinstance(experiment.model, Decoder):
             return f"model {type(experiment.model).__name__} is no Decoder: it has no layers to read"
@@ -56,6 +60,11 @@ class LogitLens(Probe):
         table = summarise(ranks, examples, self.recall_at)
         texts = {"examples.json": json.dumps(per_example(ranks, examples))} if self.examples else {}
         return Findings(scalars(table, examples), {"ranks": ranks}, {"lens": table}, texts=texts)
+
+    def over_time(self, folder: RunFolder, answers: Mapping[int, Path]) -> Findings | None:
+        from analysis.circuits import lens_over_time
+
+        return lens_over_time(folder, answers, self.split, self.held_out)
 
 
 def look(opened: Opened, split: str, count: int, seed: int) -> tuple[TracingExamples, cached.Pass]:
