@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from groundswell import probes
 from groundswell.probes import Findings
@@ -218,18 +219,30 @@ def draw_facts(found: ScalarsByStep, curves: Curves, phases: Phases, train: str,
     axes[-1].plot(x, y, color="0.3")
     axes[-1].set_title("weight norm")
     for ax in axes:
-        ax.set(xscale="log", xlabel="step")
-        ax.grid(alpha=0.25)
-        draw_phases(ax, phases)
+        finish_steps(ax, phases)
     return figure
+
+
+def finish_steps(ax: Axes, phases: Phases) -> None:
+    """An axis of steps, and the phases on it."""
+    ax.set(xscale="log", xlabel="step")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.25)
+    draw_phases(ax, phases)
 
 
 def draw_accuracies(ax: Axes, curves: Curves, train: str, held_out: str) -> None:
     ood = held_out.replace("iid", "ood")
-    for label, split, style in (("train", train, "--"), ("held-out", held_out, "-"), ("OOD", ood, ":")):
+    lines = {
+        "train": (train, "--", "tab:red"),
+        "held-out": (held_out, "-", "tab:green"),
+        "OOD": (ood, ":", "tab:purple"),
+    }
+    for label, (split, style, colour) in lines.items():
         x, y = curves.accuracy(split)
         if len(x) and (label != "OOD" or ood != held_out):
-            ax.plot(x[x > 0], y[x > 0], style, color="tab:blue", label=label)
+            ax.plot(x[x > 0], y[x > 0], style, color=colour, label=label)
     ax.set(title="accuracy", ylim=(-0.03, 1.03))
     ax.legend(fontsize=7, frameon=False)
 
@@ -244,6 +257,7 @@ def draw_layers(ax: Axes, steps: np.ndarray, by_layer: np.ndarray) -> None:
 
 
 def draw_phases(ax: Axes, phases: Phases) -> None:
+    """Dashed red: training accuracy saturates; green: held-out accuracy reaches each of MARKS, the last one darkest."""
     if phases.saturated is not None:
         ax.axvline(phases.saturated, color="tab:red", linestyle="--", linewidth=0.9)
     for mark, step in phases.held_out.items():
