@@ -22,6 +22,7 @@ from torch import Tensor
 
 from analysis.logit_lens import all_readings, look, mean_reciprocal_rank
 from analysis.patching import continued, head_patches, joined_prefix, mlp_patches, read_tokens
+from groundswell.config import ConfigError
 from groundswell.experiment import Experiment
 from groundswell.probes import Findings, Opened, Probe
 from groundswell.protocols import Parameters
@@ -122,7 +123,7 @@ def trace(
 ) -> list[Effect]:
     """All patches of all roles. `normal`: the pass over the prompts, where it is there already.
 
-    Raises ValueError for a target that cannot be read.
+    Raises ConfigError for a target that cannot be read.
     """
     device = next(iter(parameters.values())).device
     normal = normal or cached.forward(model, parameters, examples.prompts[None].to(device))
@@ -145,7 +146,7 @@ def _array(x: Tensor) -> np.ndarray:
 def find_target(
     name: str, model: Decoder, parameters: Parameters, examples: TracingExamples, normal: cached.Pass
 ) -> Target:
-    """Raises ValueError for a name that is none, naming those there are."""
+    """Raises ConfigError for a name that is none, naming those there are."""
     depth, readings = model.num_effective_layers, all_readings(examples)
     state = re.fullmatch(r"S\[(\d+), ?(\w+)\]", name)
     reading = re.fullmatch(r"(\w+)(?:@(\d+))?", name)
@@ -159,9 +160,9 @@ def find_target(
         tokens = readings[reading[1]].tokens
     else:
         known = ", ".join([*readings, *(f"S[<layer>,{label}]" for label in examples.position_names)])
-        raise ValueError(f"targets: '{name}' is no state to look at; there are {known}")
+        raise ConfigError(f"targets: '{name}' is no state to look at; there are {known}")
     if not 1 <= layer <= depth:
-        raise ValueError(f"targets: '{name}' needs a layer from 1 to {depth}")
+        raise ConfigError(f"targets: '{name}' needs a layer from 1 to {depth}")
     states = normal.states[layer][:, :, position]
     any_token = torch.zeros(len(examples), dtype=torch.int64, device=states.device)
     best = read_tokens(model, parameters, states, any_token)[1][0]

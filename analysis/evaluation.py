@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from groundswell.config import ConfigError
 from groundswell.probes import Findings, Opened, Probe
 from groundswell.protocols import Answer, Dataset, Model, Objective, Parameters, Split
 from groundswell.training.pack import build_dataset
@@ -35,12 +36,12 @@ class Evaluate(Probe):
     items: bool = Field(False, description="write every answer as text: all_items.json, as the original does")
 
     def run(self, opened: Opened) -> Findings:
-        """Raises ValueError for a split that the task does not have."""
+        """Raises ConfigError for a split that the task does not have."""
         e = opened.experiment
         dataset = build_dataset(e)
         for name in self.splits:
             if name not in dataset.evaluation:
-                raise ValueError(f"splits: the task has no split '{name}'; it has {', '.join(dataset.evaluation)}")
+                raise ConfigError(f"splits: the task has no split '{name}'; it has {', '.join(dataset.evaluation)}")
         device = opened.device
         rows: list[dict[str, Any]] = []
         items: list[dict[str, Any]] = []

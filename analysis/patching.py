@@ -109,7 +109,7 @@ def read_tokens(model: Decoder, parameters: Parameters, states: Tensor, tokens: 
     if not copies:
         return (tokens.new_zeros(0, batch),) * 2
     rows, wanted = states.reshape(-1, width), tokens.repeat(copies)
-    size = max(1, LENS_ELEMENTS // parameters[next(iter(parameters))].shape[1])
+    size = max(1, LENS_ELEMENTS // model.token_embeddings(parameters).shape[1])
     found = [
         _ranks(model.unembed(parameters, model.final_norm(parameters, part.view(1, 1, -1, width)))[0, 0], ids)
         for part, ids in zip(rows.split(size), wanted.split(size), strict=True)

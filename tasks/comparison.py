@@ -115,7 +115,7 @@ def tracing_examples(dataset: Dataset, split: str, count: int, seed: int) -> Tra
     attribute, first, second = prompts[:, 0], prompts[:, 2], prompts[:, 4]
     v1, v2 = values[first, attribute], values[second, attribute]
     if not len(rows) or (v1 < 0).any() or (v2 < 0).any():
-        raise ValueError(f"split: '{split}' has entities whose values are not in training; trace another")
+        raise ConfigError(f"split: '{split}' has entities whose values are not in training; trace another")
     attributes = np.flatnonzero(is_id.any(axis=0))
     by_role: dict[str, list[IntArray]] = {"e1": [], "e2": [], "a": []}
     for a, one, other in np.column_stack([attribute, v1, v2]):

@@ -180,7 +180,7 @@ def tracing_examples(dataset: Dataset, split: str, count: int, seed: int) -> Tra
     heads, first, second = prompts.T
     bridges = tails[heads, first]
     if not len(rows) or (bridges < 0).any() or (tails[bridges, second] != answers).any():
-        raise ValueError(f"split: '{split}' has questions that are no compositions of training facts; trace another")
+        raise ConfigError(f"split: '{split}' has questions that are no compositions of training facts; trace another")
     id_heads = is_id.any(axis=1)
     candidates: dict[str, list[IntArray]] = {"h": [], "r1": [], "r2": []}
     for h, r1, r2, b, t in np.column_stack([prompts, bridges, answers]):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from groundswell.config import ConfigError
 from groundswell.files import atomic_write
 from groundswell.protocols import IGNORE, Answer, Dataset, Split, Task
 from tasks import comparison, composition
@@ -59,7 +60,7 @@ class Folder(Task, Traceable):
         for token, generator in (("<r_0>", composition), ("<attr_0>", comparison)):
             if token in dataset.vocabulary:
                 return generator.tracing_examples(dataset, split, count, seed)
-        raise ValueError(f"task: the data set in {self.path} is neither composition nor comparison; it has no roles")
+        raise ConfigError(f"task: the data set in {self.path} is neither composition nor comparison; it has no roles")
 
     def _dataset(self) -> Dataset:
         names = (TRAIN, VALID, TEST, VOCABULARY)

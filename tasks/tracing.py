@@ -16,6 +16,7 @@ from numpy.random import RandomState
 from numpy.typing import NDArray
 from torch import Tensor
 
+from groundswell.config import ConfigError
 from groundswell.protocols import Dataset, Split
 from tasks.vocabulary import IntArray
 
@@ -65,17 +66,17 @@ class Traceable(ABC):
 
     @abstractmethod
     def tracing_examples(self, dataset: Dataset, split: str, count: int, seed: int) -> TracingExamples:
-        """`count` examples of an evaluation split (all, if it has fewer). Raises ValueError that says why not."""
+        """`count` examples of an evaluation split (all, if it has fewer). Raises ConfigError that says why not."""
 
 
 def choose_rows(dataset: Dataset, split: str, count: int, seed: int) -> IntArray:
     """Places in the split, in the order of the published code: numpy's choice without replacement."""
     if split not in dataset.evaluation:
         known = ", ".join(dataset.evaluation)
-        raise ValueError(f"split: the task has no evaluation split '{split}'; it has {known}")
+        raise ConfigError(f"split: the task has no evaluation split '{split}'; it has {known}")
     size = len(dataset.evaluation[split])
     if not size:
-        raise ValueError(f"split: '{split}' has no examples; choose another, or a task with more of them")
+        raise ConfigError(f"split: '{split}' has no examples; choose another, or a task with more of them")
     return RandomState(seed).choice(size, count, replace=False) if count < size else np.arange(size)
 
 
