@@ -29,25 +29,22 @@ DEMO = Experiment(
     evaluation=Evaluation(schedule=LogSpaced(per_decade=20, first=50)),
     checkpointing=Checkpointing(schedule=LogSpaced(per_decade=10, first=50)),
 )
-COMPARISON = Comparison(
-    num_entities=50, num_attributes=3, num_values=8, phi=14, ood_fraction=0.15, iid_fraction=0.1, predict_stop=False
-)
-LARGE = {
-    "composition": {"task": Composition(phi=9)},
-    "comparison": {"task": Comparison(phi=7.2)},
-}  # the paper's worlds
-SIZES: dict[str, Any] = {  # what it is for, layers, seeds, tasks, and what else differs from the demo
-    "smoke": ("does everything work", 2, (0,), {}, {"budget.steps": 120, "model.width": 32}),
-    "demo": ("four settings on 2 CPU cores", 4, (0,), {}, {}),
-    "small": ("500 entities, 3 seeds, on one GPU", 4, (0, 1, 2), {
-        "composition": {"task": Composition(num_entities=500, num_relations=50, phi=9, iid_fraction=0.01)},
-        "comparison": {"task": Comparison(num_entities=200, num_attributes=10, phi=7.2)},
-    }, {
+COMPARISON = Comparison(num_entities=200, num_attributes=3, num_values=10, phi=10, predict_stop=False)
+TINY = {"composition": {"task": DEMO.task}, "comparison": {"task": COMPARISON, "budget.batch_size": 256}}
+SMALL = {
+    "composition": {"task": Composition(num_entities=500, num_relations=50, phi=9, iid_fraction=0.01)},
+    "comparison": {"task": Comparison(num_entities=200, num_attributes=10, phi=7.2)},
+}
+PAPER = {"composition": {"task": Composition(phi=9)}, "comparison": {"task": Comparison(phi=7.2)}}
+SIZES: dict[str, Any] = {  # what it is for, tasks, layers, seeds, and what else differs from the demo
+    "smoke": ("does everything work", TINY, 2, (0,), {"budget.steps": 120, "model.width": 32}),
+    "demo": ("four settings, 4 layers, width 64, on 2 CPU cores", TINY, 4, (0,), {}),
+    "small": ("500 entities, 3 seeds, on one GPU", SMALL, 4, (0, 1, 2), {
         "model": Decoder(num_layers=4, num_heads=8, width=256), "optimizer": AdamW(lr=5e-4, weight_decay=0.3),
         "budget": Budget(steps=100_000, batch_size=2_048), "checkpointing.schedule": DenseThenSparse(),
         "scaling": Scaling(device="cuda", precision="tf32", cuda_graph=True),
     }),
-    "paper": ("the paper's size: 2,000 entities, 8 layers, width 768", 8, (0, 1, 2), LARGE, {
+    "paper": ("the paper's size: 2,000 entities, 8 layers, width 768", PAPER, 8, (0, 1, 2), {
         "model": Decoder(num_layers=8, num_heads=12, width=768, dropout=0.1),
         "optimizer": AdamW(lr=1e-4, weight_decay=0.1, warmup_steps=2_000), "budget": Budget(steps=1_500_000),
         "checkpointing.schedule": DenseThenSparse(),
@@ -56,8 +53,7 @@ SIZES: dict[str, Any] = {  # what it is for, layers, seeds, tasks, and what else
 
 
 def build(preset: str) -> Sweep:
-    _, layers, seeds, tasks, changes = SIZES[preset]
-    tasks = tasks or {"composition": {"task": DEMO.task}, "comparison": {"task": COMPARISON}}
+    _, tasks, layers, seeds, changes = SIZES[preset]
     weights = {"own": {"model.num_layers": layers, "model.num_recurrences": 1},
                "shared": {"model.num_layers": layers // 2, "model.num_recurrences": 2}}  # fmt: skip
     seed = Axis(values=seeds, also=("task.seed",))

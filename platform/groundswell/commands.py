@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from groundswell import probes
+from groundswell import probe_commands, probes
 from groundswell.config import ConfigError
 from groundswell.rundir import SweepFolder, list_sweeps
-from groundswell.tracking.listing import RunRow, filter_rows, read_row, read_rows
+from groundswell.selection import all_sweeps, find_run, find_sweep
+from groundswell.tracking.listing import RunRow, filter_rows, read_rows
 from groundswell.tracking.view import page_address
 
 StateName = Literal["waiting", "running", "finished", "stopped", "pruned", "diverged", "failed"]
@@ -49,7 +49,7 @@ def runs(
         state: Only runs in these states.
     """
     console = _console()
-    sweeps = [find_sweep(output, sweep)] if sweep else _all_sweeps(output)
+    sweeps = [find_sweep(output, sweep)] if sweep else all_sweeps(output)
     rows = [row for folder in sweeps for row in read_rows(folder)]
     total = len(rows)
     rows = filter_rows(rows, filter) if filter else rows
@@ -81,10 +81,7 @@ def show(run: Annotated[str, tyro.conf.Positional], output: Path = Path("results
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
         resumable = ", can be resumed" if (folder / "training_state.safetensors").exists() else ""
         console.print(f"{folder}  {size / 2**20:.1f} MiB{resumable}", soft_wrap=True, highlight=False)
-    for (step, _), folder in probes.answers(row.folder).items():
-        console.print(f"\n[bold]Probe at step {step}[/]  {folder}", soft_wrap=True, highlight=False)
-        for name, value in probes.scalars(folder).items():
-            console.print(f"{name:<40}{value:.4g}", soft_wrap=True, highlight=False)
+    _print_answers(console, row)
     return 0
 
 
@@ -136,9 +133,13 @@ def sync(sweep: Annotated[str, tyro.conf.Positional], output: Path = Path("resul
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 when something was left undone, 2 for a user's mistake."""
+    """Exit code: 0, 1 when something was left undone, 2 for a user's mistake, 130 after Ctrl-C."""
     commands: dict[str, Any] = {"runs": runs, "show": show, "ui": ui, "sync": sync}
+    commands |= {name: _listed(text) for name, text in probe_commands.HELP.items()}
+    args = sys.argv[1:] if args is None else args
     try:
+        if args and args[0] in probe_commands.HELP:  # their options depend on probes, which are slow to import
+            return probe_commands.run(args[0], args[1:], _console())
         return tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="groundswell",
@@ -156,43 +157,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
 
 
-# ---- finding ----
+def _listed(text: str) -> Callable[[], None]:
+    """Stands in the list of commands for one that parses its own arguments."""
 
+    def command() -> None: ...
 
-def find_sweep(output: Path, name: str) -> SweepFolder:
-    """Raises ConfigError, with near matches, for a sweep that is not there."""
-    sweeps = _all_sweeps(output)
-    for sweep in sweeps:
-        if sweep.name == name:
-            return sweep
-    raise ConfigError(f"no sweep '{name}' in '{output}'; {_near(name, [sweep.name for sweep in sweeps])}")
-
-
-def find_run(output: Path, wanted: str) -> tuple[SweepFolder, RunRow]:
-    """By id, first characters of an id, or name. Raises ConfigError when there is none, or more than one."""
-    found = [(sweep, folder) for sweep in _all_sweeps(output) for folder in sweep.runs()]
-    names = [str(folder.description()["name"]) for _, folder in found]
-    chosen = [pair for pair in found if pair[1].run_id.startswith(wanted)] if wanted else []
-    chosen = chosen or [pair for pair, name in zip(found, names, strict=True) if name == wanted]
-    if len({folder.run_id for _, folder in chosen}) == 1:
-        sweep, folder = chosen[0]
-        return sweep, read_row(sweep.name, folder)
-    if chosen:
-        ids = ", ".join(f"{folder.run_id} ({sweep.name})" for sweep, folder in chosen[:5])
-        raise ConfigError(f"run '{wanted}' is not unique: {ids}; give more of the id")
-    raise ConfigError(f"no run '{wanted}' in '{output}'; {_near(wanted, [*(f.run_id for _, f in found), *names])}")
-
-
-def _all_sweeps(output: Path) -> list[SweepFolder]:
-    sweeps = list_sweeps(output)
-    if not sweeps:
-        raise ConfigError(f"output: no sweeps in '{output}'; start one, or name its folder with --output")
-    return sweeps
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"near: {', '.join(near)}" if near else "`groundswell runs` lists all"
+    command.__doc__ = text
+    return command
 
 
 # ---- showing ----
@@ -251,6 +222,19 @@ def _print_summary(console: Console, sweep: SweepFolder, row: RunRow) -> None:
     for name, value in facts.items():
         if value:
             console.print(f"[bold]{name:<11}[/]{value}", soft_wrap=True, highlight=False)
+
+
+def _print_answers(console: Console, row: RunRow) -> None:
+    """The newest answer of each probe."""
+    found = probes.answers(row.folder)
+    for probe in dict.fromkeys(name for _, name in found):
+        steps = [step for step, name in found if name == probe]
+        folder = found[steps[-1], probe]
+        others = f" (and {len(steps) - 1} steps before)" if len(steps) > 1 else ""
+        text = f"\n[bold]Probe {probe} at step {steps[-1]}[/]{others}  {folder}"
+        console.print(text, soft_wrap=True, highlight=False)
+        for name, value in probes.scalars(folder).items():
+            console.print(f"{name:<40}{value:.4g}", soft_wrap=True, highlight=False)
 
 
 def _mlflow_run_id(row: RunRow) -> str:

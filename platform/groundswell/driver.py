@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,9 @@ from rich.markup import escape
 from groundswell import cluster
 from groundswell.config import ConfigError
 from groundswell.files import atomic_write, ensure_writable
-from groundswell.probes import run_probes
+from groundswell.interrupts import interruptible
+from groundswell.probe_pool import one_line
+from groundswell.probing import Asking, LiveAnswers, Target, finish_asking, make_plan, print_failures, stays
 from groundswell.progress import Progress
 from groundswell.report import finish_report
 from groundswell.results import load_results
@@ -33,6 +34,8 @@ from groundswell.tracking import Tracker
 
 log = logging.getLogger(__name__)
 WORKER_RETRIES = 3  # times a pack whose process died is started again from its checkpoint
+LOCK_SECONDS = 1.0  # others hold a sweep's lock for a moment, to see whether it is held
+STOPPING = "Stopping: saving the state of the running runs (Ctrl-C again to leave at once)"
 TRACKING_DELAY_SECONDS = 15.0  # workers start sooner when the driver does not import MLflow at the same time
 DRAIN_SECONDS = 60.0  # how long the end waits for a slow tracking store
 
@@ -68,7 +71,7 @@ def run_sweep(sweep: Sweep, options: SweepOptions, console: Console | None = Non
         listed_runs(sweep, options)
     folder = SweepFolder(ensure_writable(options.output) / sweep.name)
     folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / "sweep.lock", timeout=0)
+    lock = FileLock(folder.path / "sweep.lock", timeout=LOCK_SECONDS)
     try:
         lock.acquire()
     except Timeout:
@@ -86,18 +89,24 @@ class Driver:
         self.interrupted = threading.Event()
         self.planned: dict[str, PlannedRun] = {}  # everything this sweep has asked for so far
         self._prepared: set[str] = set()
+        self._cluster = contextlib.ExitStack()
+        self._resources: cluster.Resources | None = None
+        self.live: LiveAnswers | None = None
         atomic_write(folder.path / "sweep.json", json.dumps(sweep.describe(), indent=2) + "\n")
 
     def run(self) -> int:
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         tracker = Tracker(self.folder, experiment_name=self.sweep.name)
         tracker.start(TRACKING_DELAY_SECONDS)
+        self.asking = Asking(lambda job: tracker.look_again(job.run.run_id), looks_over_time=False)
         try:
-            self._train()
+            with interruptible(self.interrupted, self.console, STOPPING), self._cluster:
+                self._train()
+                self._probe()
             if self.interrupted.is_set():
                 self._say_how_to_go_on()
             else:
                 planned = list(self.planned.values())
-                self._probe(planned, tracker)
                 results = load_results(self.folder, planned, tuple(self.sweep.axes), self.sweep.replicate_axis)
                 tracker.log_outputs(finish_report(self.sweep, results, self.folder, self.console))
         finally:
@@ -106,19 +115,45 @@ class Driver:
                 self.console.print(f"[yellow]{leftover}[/]", soft_wrap=True)
         return self._exit_code()
 
-    def _probe(self, planned: Sequence[PlannedRun], tracker: Tracker) -> None:
-        """Ask the sweep's probes of each run's last checkpoint; one that cannot answer does not stop the others."""
-        for run in planned if self.sweep.probes else ():
+    def _ray(self) -> cluster.Resources:
+        """Brought up when it is first needed, and left at the end of the sweep."""
+        if self._resources is None:
+            joined = cluster.connect(self.options.address, self.options.num_cpus)
+            self._resources = self._cluster.enter_context(joined)
+        return self._resources
+
+    # ---- probes ----
+
+    def _probe(self) -> None:
+        """Ask what is left; neither a checkpoint nor a probe that is broken stops the sweep."""
+        if not self.sweep.probes or self.interrupted.is_set():
+            return
+        try:
+            plan = make_plan(self._probe_targets(), self.sweep.probes)
+            finish_asking(self.asking, plan, self.live, self._ray, self.console, self.interrupted)
+            print_failures([*plan.failures, *self.asking.all_failures()], self.console)
+        except Exception as error:
+            log.exception("probing failed")
+            self.console.print(f"[yellow]not probed:[/] {escape(one_line(error))}", soft_wrap=True, highlight=False)
+
+    def _live_answers(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.sweep.probes or self.sweep.probe_steps == "last":
+            return contextlib.nullcontext()
+        self.live = LiveAnswers(self.asking, self.sweep.probes, self._probe_targets)
+        self._cluster.callback(self.live.pool.close)  # Ray's handles must be gone when it is left
+        return self.live
+
+    def _probe_targets(self) -> list[Target]:
+        """The runs' last checkpoints, or all that are there to stay."""
+        targets: list[Target] = []
+        for run in list(self.planned.values()):
             folder = self.folder.run(run.run_id)
-            if not folder.checkpoint_steps():
-                continue
-            try:
-                if run_probes(folder, self.sweep.probes):
-                    tracker.look_again(run.run_id)
-            except Exception as error:
-                log.exception("probing run %s failed", run.run_id)
-                text = f"[yellow]not probed:[/] {escape(run.name)} ({run.run_id}): {escape(str(error))}"
-                self.console.print(text, soft_wrap=True, highlight=False)
+            steps = folder.checkpoint_steps()
+            chosen = set(steps[-1:]) if folder.status().is_final else set()
+            if self.sweep.probe_steps == "all":
+                chosen |= {step for step in steps if stays(run.experiment, step)}
+            targets += [Target(self.folder, folder, tuple(sorted(chosen)))] if chosen else []
+        return targets
 
     # ---- training ----
 
@@ -141,9 +176,8 @@ class Driver:
             total_runs, total_work = len(self.planned), cost(list(self.planned.values()))
         unit = self.sweep.base.budget.unit
         self.progress = Progress(self.console, total_runs, total_work, self.sweep.metric, self.sweep.mode, unit)
-        joined = cluster.connect(self.options.address, self.options.num_cpus)
-        with _interruptible(self), self.progress, joined as resources:
-            self._tune(resources)
+        with self.progress:
+            self._tune(self._ray())
 
     def _all_final(self) -> bool:
         runs = listed_runs(self.sweep, self.options)
@@ -193,7 +227,8 @@ class Driver:
                 failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
             ),
         )
-        tuner.fit()
+        with self._live_answers():
+            tuner.fit()
         shutil.rmtree(tune_folder, ignore_errors=True)
 
     def _one_setting(self) -> list[PlannedRun]:
@@ -278,28 +313,6 @@ class Driver:
         if self.interrupted.is_set():
             return 130
         return int(any(self.folder.run(run_id).status().state == "failed" for run_id in self.planned))
-
-
-@contextlib.contextmanager
-def _interruptible(driver: Driver) -> Iterator[None]:
-    """First Ctrl-C: save and stop. Second: leave at once (runs resume from their last checkpoint)."""
-
-    def handler(number: int, frame: Any) -> None:
-        if driver.interrupted.is_set():
-            raise KeyboardInterrupt
-        driver.interrupted.set()
-        driver.console.print("Stopping: saving the state of the running runs (Ctrl-C again to leave at once)")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 @contextlib.contextmanager

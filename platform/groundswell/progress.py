@@ -1,11 +1,12 @@
-"""Progress of a sweep on the terminal: one live line, or a line now and then where there is no terminal."""
+"""Progress on the terminal: one live line, or a line now and then where there is no terminal."""
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -14,34 +15,56 @@ from rich.text import Text
 PLAIN_SECONDS = (10.0, 60.0)  # between lines when the output is not a terminal: in the first minute, and later
 
 
-class Progress:
-    """Counts work in FLOPs, so that the time left is right for runs of different size."""
+class LiveLine(ABC):
+    """A line that is kept up to date while the block lasts."""
 
-    def __init__(
-        self, console: Console, total_runs: int, total_work: float, metric: str, mode: str, unit: str = "step"
-    ) -> None:
-        self.unit = unit  # of the runs' steps
-        self.console, self.metric, self.mode = console, metric, mode
-        self.total_runs, self.total_work = total_runs, total_work
-        self.ended: dict[str, int] = {}
-        self._live_runs: dict[str, tuple[int, int, float, float]] = {}  # run id -> step, total, rate, work
-        self._saved_work = 0.0  # work that an earlier session or an early stop has taken off
-        self._done_work = 0.0
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self._start = time.monotonic()
-        self._first_begin: float | None = None
-        self._best: tuple[float, str] | None = None
-        self._names: dict[str, str] = {}
-        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    @abstractmethod
+    def line(self) -> str: ...
+
+    def _refresh(self) -> None:
+        if self.console.is_terminal:
+            with Live(Text(self.line()), console=self.console, refresh_per_second=2, transient=True) as live:
+                while not self._stop.wait(0.5):
+                    live.update(Text(self.line(), style="cyan"))
+            return
+        delay = 1.0  # the first line soon: a sign of life
+        while not self._stop.wait(delay):
+            self.console.print(self.line(), soft_wrap=True, highlight=False)
+            delay = PLAIN_SECONDS[time.monotonic() - self._start > 60]
+
+
+class Progress(LiveLine):
+    """Of a sweep. Counts work in FLOPs, so that the time left is right for runs of different size."""
+
+    def __init__(
+        self, console: Console, total_runs: int, total_work: float, metric: str, mode: str, unit: str = "step"
+    ) -> None:
+        super().__init__(console)
+        self.unit = unit  # of the runs' steps
+        self.metric, self.mode = metric, mode
+        self.total_runs, self.total_work = total_runs, total_work
+        self.ended: dict[str, int] = {}
+        self._live_runs: dict[str, tuple[int, int, float, float]] = {}  # run id -> step, total, rate, work
+        self._saved_work = 0.0  # work that an earlier session or an early stop has taken off
+        self._done_work = 0.0
+        self._first_begin: float | None = None
+        self._best: tuple[float, str] | None = None
+        self._names: dict[str, str] = {}
+        self._lock = threading.Lock()
 
     def begin(self, run_id: str, name: str, step: int, total_steps: int, work: float) -> None:
         """A run starts (or goes on) at `step`; `work` is that of the whole run."""
@@ -95,16 +118,33 @@ class Progress:
             parts.append(f"{format_seconds(now - self._start)} so far")
             return " | ".join(parts)
 
-    def _refresh(self) -> None:
-        if self.console.is_terminal:
-            with Live(Text(self.line()), console=self.console, refresh_per_second=2, transient=True) as live:
-                while not self._stop.wait(0.5):
-                    live.update(Text(self.line(), style="cyan"))
-            return
-        delay = 1.0  # the first line soon: a sign of life
-        while not self._stop.wait(delay):
-            self.console.print(self.line(), soft_wrap=True, highlight=False)
-            delay = PLAIN_SECONDS[time.monotonic() - self._start > 60]
+
+class ProbeProgress(LiveLine):
+    """Of probes: checkpoints answered, out of those that were left."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        super().__init__(console)
+        self.total, self.actors = total, 0
+        self.done, self.failed = 0, 0
+        self._begin: float | None = None  # of the first answer
+
+    def begin(self) -> None:
+        self._begin = self._begin or time.monotonic()
+
+    def count(self, answered: int, failed: int) -> None:
+        self.done, self.failed = answered + failed, failed
+
+    def line(self) -> str:
+        parts = [f"{self.done}/{self.total} checkpoints"]
+        parts += [f"{self.actors} actor{'s' if self.actors > 1 else ''}"] if self.actors else []
+        if self._begin is None:
+            parts.append("starting actors")
+        elif self.done:
+            rate = self.done / max(time.monotonic() - self._begin, 1e-9)
+            parts.append(f"{rate:.1f}/s" if rate >= 0.1 else f"{format_seconds(1 / rate)} each")
+            parts.append(f"{format_seconds((self.total - self.done) / rate)} left")
+        parts += [f"{self.failed} failed"] if self.failed else []
+        return " | ".join(parts)
 
 
 def format_seconds(seconds: float) -> str:

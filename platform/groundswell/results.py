@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ import pandas as pd
 from groundswell import probes
 from groundswell.rundir import SweepFolder
 from groundswell.sweep import PlannedRun
+
+Answer = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, arrays
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,22 @@ class Results:
         )
         return rows.merge(self.runs[["run_id", *self.axes]], on="run_id")
 
-    def answer(self, run_id: str, probe: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Scalars and arrays that a probe found in a run's newest probed checkpoint; empty where it was not asked."""
+    def answer(self, run_id: str, probe: str) -> Answer:
+        """What a probe found in a run's newest probed checkpoint; empty where it was not asked."""
+        paths = self._answer_folders(run_id, probe)
+        return _read_answer(paths[max(paths)]) if paths else ({}, {})
+
+    def answers(self, run_id: str, probe: str) -> dict[int, Answer]:
+        """What a probe found, by step, ascending."""
+        return {step: _read_answer(path) for step, path in self._answer_folders(run_id, probe).items()}
+
+    def _answer_folders(self, run_id: str, probe: str) -> dict[int, Path]:
         found = probes.answers(self.folder.run(run_id)) if self.folder else {}
-        paths = [path for (_, name), path in sorted(found.items()) if name == probe]
-        if not paths:
-            return {}, {}
-        return probes.scalars(paths[-1]), {path.stem: np.load(path) for path in sorted(paths[-1].glob("*.npy"))}
+        return {step: path for (step, name), path in sorted(found.items()) if name == probe}
+
+
+def _read_answer(path: Path) -> Answer:
+    return probes.scalars(path), {file.stem: np.load(file) for file in sorted(path.glob("*.npy"))}
 
 
 def load_results(

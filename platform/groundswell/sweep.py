@@ -90,8 +90,9 @@ class Sweep:
     """What a sweep file builds.
 
     `metric` at a run's last evaluation is what Optuna and the schedulers look at. `replicate_axis` is averaged over:
-    each setting is run once for each of its values. `probes` are asked of each run's last checkpoint. `report` turns
-    the results into a table and figures. `fields` win over what named axes set (they come from the command line).
+    each setting is run once for each of its values. `probes` are asked of each run's last checkpoint, or with
+    `probe_steps` "all" of every scheduled one, beginning while the sweep trains. `report` turns the results into a
+    table and figures. `fields` win over what named axes set (they come from the command line).
     """
 
     name: str
@@ -102,6 +103,7 @@ class Sweep:
     replicate_axis: str = "seed"
     report: Callable[..., Any] | None = field(default=None, compare=False)
     probes: tuple[Probe, ...] = ()
+    probe_steps: Literal["last", "all"] = "last"
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def replicates(self) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from groundswell import probes
+from groundswell.cluster import QUIET
 from groundswell.rundir import RunFolder, SweepFolder
 
 SMALL_SWEEP = Path(__file__).with_name("small_sweep.py")
@@ -21,23 +23,22 @@ PATIENCE = 240.0  # seconds; machines that run tests are slow at times
 MARK = "GROUNDSWELL_TEST_MARK"
 
 
-class SweepProcess:
-    """`python small_sweep.py ARGUMENTS --output ...` in a session of its own, as a terminal starts it.
+class MarkedProcess:
+    """A command in a session of its own, as a terminal starts it.
 
     All its descendants, Ray's daemons too, carry a mark in their environment, so that they are found when they have
     lost their parent.
     """
 
-    def __init__(self, output: Path, *arguments: str, script: Path = SMALL_SWEEP) -> None:
+    def __init__(self, command: list[str], log: Path) -> None:
         self.mark = uuid.uuid4().hex
-        self.log = output.parent / f"{output.name}-{self.mark[:6]}.log"
-        command = [sys.executable, str(script), "--output", str(output), "--num-cpus", "2", *arguments]
+        self.log = log.with_name(f"{log.name}-{self.mark[:6]}.log")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
         environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1"}
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 command,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -95,6 +96,14 @@ class SweepProcess:
         self.process.wait()
 
 
+class SweepProcess(MarkedProcess):
+    """`python small_sweep.py ARGUMENTS --output ...`."""
+
+    def __init__(self, output: Path, *arguments: str, script: Path = SMALL_SWEEP) -> None:
+        command = [sys.executable, str(script), "--output", str(output), "--num-cpus", "2", *arguments]
+        super().__init__(command, output.parent / output.name)
+
+
 def _environment(process: psutil.Process) -> dict[str, str]:
     try:
         return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
@@ -121,6 +130,32 @@ def start():
     yield start_sweep
     for process in started:
         process.clean_up()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Address of a Ray head on two CPUs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ["--head", "--block", "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
+    options += ["--node-ip-address", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    log = (tmp_path_factory.mktemp("ray") / "ray.log").open("wb")
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
+        env=os.environ | QUIET | {"OMP_NUM_THREADS": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while b"Ray runtime started" not in Path(log.name).read_bytes():
+        assert head.poll() is None and time.monotonic() < end, Path(log.name).read_text()
+        time.sleep(0.2)
+    yield address
+    head.terminate()
+    head.wait(60)
+    log.close()
 
 
 @pytest.fixture(scope="session")

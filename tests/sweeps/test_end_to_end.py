@@ -1,12 +1,9 @@
 """Sweeps from the command line's arguments to the report, on a real cluster that was there before them."""
 
 import json
-import os
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +12,6 @@ from conftest import assert_tracked_once, database, mlflow_runs, tables
 from small_sweep import PRESETS, build
 
 from groundswell import cli, commands
-from groundswell.cluster import QUIET
 from groundswell.rundir import SweepFolder
 from tasks.folder import write_folder
 from tasks.modular_arithmetic import ModularArithmetic
@@ -23,32 +19,6 @@ from tasks.modular_arithmetic import ModularArithmetic
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TWO_RATES = ("--axis", "optimizer.lr=1e-3,1e-2")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """Address of a Ray head on two CPUs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    options = ["--head", "--block", "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
-    options += ["--node-ip-address", "127.0.0.1", "--port", address.rpartition(":")[2]]
-    log = (tmp_path_factory.mktemp("ray") / "ray.log").open("wb")
-    head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
-        env=os.environ | QUIET | {"OMP_NUM_THREADS": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    end = time.monotonic() + 120
-    while b"Ray runtime started" not in Path(log.name).read_bytes():
-        assert head.poll() is None and time.monotonic() < end, Path(log.name).read_text()
-        time.sleep(0.2)
-    yield address
-    head.terminate()
-    head.wait(60)
-    log.close()
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ class RunSync:
         atomic_write(self._memory_path, json.dumps(asdict(self.memory), indent=1) + "\n", sync=False)
 
     def _signature(self) -> tuple[Any, ...]:
-        return tuple(_stat(self.folder.path / n) for n in self._WATCHED) + tuple(self._answers())
+        return tuple(_stat(self.folder.path / n) for n in self._WATCHED) + _folders(self.folder.path / "probes")
 
     # ---- the work ----
 
@@ -122,7 +122,7 @@ class RunSync:
     def _push(self, store: Store, parent: Parent, status: Status) -> bool:
         lines = self._new_lines()
         checkpoints = self._new_checkpoints(status)
-        answers = {key: value for key, value in self._answers().items() if key not in self.memory.probes}
+        answers = {key: path for key, path in _answers(self.folder).items() if key not in self.memory.probes}
         tags = self._changed_tags(parent)
         # A half-done run is shown as running again only when it trains again.
         idle = self.memory.state == "interrupted" and not status.is_final and not lines
@@ -135,8 +135,8 @@ class RunSync:
         self._write(store, run, lines, tags)
         for folder in checkpoints:
             self._log_checkpoint(store, run, folder)
-        for key, (step, path) in answers.items():
-            self._log_answer(store, run, key, step, path)
+        for key, path in answers.items():
+            self._log_answer(store, run, key, path)
         if new_state and status.state != self.memory.state:
             self._write_state(store, parent, run, status)
         return True
@@ -217,24 +217,17 @@ class RunSync:
             self.memory.checkpoints.append(folder.name)
             self._save()
 
-    def _answers(self) -> dict[str, tuple[int, Path]]:
-        """Answers of probes: a key that changes with them -> step, folder."""
-        found = probes.answers(self.folder)
-        return {
-            f"{path.parent.name}/{name}/{hashlib.sha256((path / probes.QUESTION).read_bytes()).hexdigest()[:8]}": (
-                step,
-                path,
-            )
-            for (step, name), path in found.items()
-        }
-
-    def _log_answer(self, store: Store, run: StoredRun, key: str, step: int, path: Path) -> None:
-        """Scalars as metrics at the checkpoint's step, the files as artifacts."""
-        now = time.time_ns() // 1_000_000
-        readings = [(key_name(name), float(value), now, step) for name, value in probes.scalars(path).items()]
-        for start in range(0, len(readings), MAX_METRICS):
-            store.log_batch(run.run_id, readings[start : start + MAX_METRICS])
-        store.log_files(run, f"probes/{path.parent.name}/{path.name}", sorted(path.iterdir()))
+    def _log_answer(self, store: Store, run: StoredRun, key: str, path: Path) -> None:
+        """Scalars as metrics at the checkpoint's step, the files as artifacts. What is found over time has no step."""
+        place = path.parent.name
+        if place != probes.OVER_TIME:
+            # The file's own time, so that readings sent twice (a kill in between) are stored once.
+            time_ms = (path / probes.QUESTION).stat().st_mtime_ns // 1_000_000
+            step, found = int(place.removeprefix("step-")), probes.scalars(path)
+            readings = [(key_name(name), float(value), time_ms, step) for name, value in found.items()]
+            for start in range(0, len(readings), MAX_METRICS):
+                store.log_batch(run.run_id, readings[start : start + MAX_METRICS])
+        store.log_files(run, f"probes/{place}/{path.name}", sorted(path.iterdir()))
         self.memory.probes.append(key)
         self._save()
 
@@ -313,14 +306,31 @@ class RunSync:
 
 
 def backlog(folder: RunFolder, uri: str) -> int:
-    """Journal lines that the store at `uri` does not have, plus one for a state that it does not know."""
-    memory = Memory.load(folder.path / "tracking.json")
-    memory = memory if memory.uri == uri else Memory()
+    """Journal lines and answers of probes that the store at `uri` does not have, plus one for a state that it does
+    not know."""
+    memory = _memory_for(folder, uri)
     status = folder.status()
     if memory.ignored:
         return 0
     lines = sum(line["step"] > memory.last_step for line in folder.journal())
-    return lines + int(status.is_final and status.state != memory.state)
+    return lines + unsent_answers(folder, uri) + int(status.is_final and status.state != memory.state)
+
+
+def unsent_answers(folder: RunFolder, uri: str) -> int:
+    memory = _memory_for(folder, uri)
+    return 0 if memory.ignored else sum(key not in memory.probes for key in _answers(folder))
+
+
+def _memory_for(folder: RunFolder, uri: str) -> Memory:
+    memory = Memory.load(folder.path / "tracking.json")
+    return memory if memory.uri == uri else Memory()
+
+
+def _answers(folder: RunFolder) -> dict[str, Path]:
+    """Answers of probes: a key that changes with what was asked -> folder."""
+    paths = [*probes.answers(folder).values(), *probes.answers_over_time(folder).values()]
+    digests = [hashlib.sha256((path / probes.QUESTION).read_bytes()).hexdigest()[:8] for path in paths]
+    return {f"{path.parent.name}/{path.name}/{digest}": path for path, digest in zip(paths, digests, strict=True)}
 
 
 def _batches(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[list[Reading], int]]:
@@ -353,6 +363,13 @@ def _experiment_hash(folder: RunFolder) -> str:
     """sha256 of the canonical JSON, as `Experiment.identity`, without importing the experiment's classes."""
     text = json.dumps(folder.experiment_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _folders(path: Path) -> tuple[Any, ...]:
+    """Changes when anything is put into a folder in `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return tuple(sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(path)))
+    return ()
 
 
 def _stat(path: Path) -> tuple[int, int, int] | None:

@@ -21,6 +21,7 @@ from groundswell.tracking.sweep_sync import SweepSync
 
 log = logging.getLogger("groundswell.tracking")
 MAX_BACKOFF_SECONDS = 30.0
+LOOK_AGAIN_SECONDS = 30.0  # between two looks at runs that are done: another process may ask probes of them
 RECONNECT_AFTER = 4  # failed rounds in a row: the store may be another one by now
 
 
@@ -64,7 +65,8 @@ class Tracker:
         self.interval_s = interval_s
         self._own = SweepSync(sweep, experiment_name or sweep.name, parent_name or sweep.name)
         self._runs: dict[str, RunSync] = {}
-        self._done: set[str] = set()  # final and completely written: not looked at again
+        self._done: set[str] = set()  # final and completely written: looked at now and then
+        self._looked_at_all = time.monotonic()
         self._store: Store | None = None
         self._parent: Parent | None = None
         self._error: str | None = None
@@ -164,6 +166,9 @@ class Tracker:
     def _push_runs(self, store: Store, parent: Parent, closing: bool) -> int:
         """Returns how many runs could not be written. Raises when the store itself is the trouble."""
         left = 0
+        if closing or time.monotonic() - self._looked_at_all > LOOK_AGAIN_SECONDS:
+            self._done.clear()
+            self._looked_at_all = time.monotonic()
         for sync in self._known_runs():
             if sync.retry_at > time.monotonic() or self._expired():
                 left += 1
