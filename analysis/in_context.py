@@ -23,12 +23,12 @@ from rich.status import Status
 from analysis.in_context_prompts import CONTEXTS, prompt_file, write_prompts
 from analysis.in_context_scores import answer_file, check_model_name, read_gold, score_report
 from groundswell.cli import PLAIN_WIDTH, split_dotted
-from groundswell.commands import find_run
 from groundswell.config import Config, ConfigError
 from groundswell.files import atomic_write, ensure_writable
 from groundswell.progress import PLAIN_SECONDS, format_seconds
 from groundswell.report import print_table
 from groundswell.rundir import RunFolder
+from groundswell.selection import find_run
 from models.language_models import LanguageModel, LocalModel, ServedModel
 from tasks.complex_reasoning import ComplexReasoning
 

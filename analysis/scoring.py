@@ -23,6 +23,8 @@ def score(paths: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> int:
     Args:
         paths: Files, or folders to look through (the original's checkpoint-*/, or a run's probes/).
     """
+    if not paths:
+        raise ConfigError("score: name files or folders to score")
     files = [file for path in paths for file in find_files(path)]
     console = Console() if Console().is_terminal else Console(width=PLAIN_WIDTH)
     scores = {}

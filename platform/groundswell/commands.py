@@ -1,8 +1,9 @@
-"""The `groundswell` command: look at runs, open MLflow's pages, send what tracking has left behind."""
+"""The `groundswell` command: look at runs, evaluate and open up their checkpoints, open MLflow's pages."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import signal
 import sys
@@ -22,6 +23,10 @@ from groundswell.selection import all_sweeps, find_run, find_sweep
 from groundswell.tracking.listing import RunRow, filter_rows, read_rows
 from groundswell.tracking.view import page_address
 
+ANALYSES = {  # commands of modules that are imported only when they are called
+    "score": ("analysis.scoring", "Score answers that are files already (all_items.json), ours or the original's."),
+    "in-context": ("analysis.in_context", "Compare with language models that read the facts: write, ask, score."),
+}
 StateName = Literal["waiting", "running", "finished", "stopped", "pruned", "diverged", "failed"]
 COLOURS = {
     "finished": "green", "stopped": "green", "running": "cyan", "waiting": "dim",
@@ -135,11 +140,14 @@ def sync(sweep: Annotated[str, tyro.conf.Positional], output: Path = Path("resul
 def main(args: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 when something was left undone, 2 for a user's mistake, 130 after Ctrl-C."""
     commands: dict[str, Any] = {"runs": runs, "show": show, "ui": ui, "sync": sync}
-    commands |= {name: _listed(text) for name, text in probe_commands.HELP.items()}
+    elsewhere = probe_commands.HELP | {name: text for name, (_, text) in ANALYSES.items()}
+    commands |= {name: _listed(text) for name, text in elsewhere.items()}
     args = sys.argv[1:] if args is None else args
     try:
         if args and args[0] in probe_commands.HELP:  # their options depend on probes, which are slow to import
             return probe_commands.run(args[0], args[1:], _console())
+        if args and args[0] in ANALYSES:
+            return importlib.import_module(ANALYSES[args[0]][0]).main(args[1:])
         return tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="groundswell",

@@ -27,7 +27,7 @@ PROBES = {  # the probes behind a command; those of `probe` are named on its com
     "probe": (),
 }
 HELP = {
-    "evaluate": "Grade checkpoints on the task's splits, or on further examples, with a pool of actors.",
+    "evaluate": "Evaluate checkpoints on whole splits with a pool of actors: exact match, losses, answers as text.",
     "trace": "Look into checkpoints: what is known where in the network, and which states matter (lens, tracing).",
     "probe": "Ask any probes of checkpoints: --probe some.module.ClassName ...; their fields become options.",
 }

@@ -35,6 +35,7 @@ POOL_START_SECONDS = 10.0  # what actors cost before they answer: less work than
 JUDGE_SECONDS = 2.0  # into the work, when the driver knows how long it takes
 LIVE_SECONDS = 3.0  # between two looks for new checkpoints while a sweep trains
 DRAIN_SECONDS = 60.0  # how long the end waits for a slow tracking store
+MAX_ALIKE = 3  # failures of one reason that are told one by one
 STOPPING = "Stopping: what has been answered is kept (Ctrl-C again to leave at once)"
 
 
@@ -373,5 +374,13 @@ def is_at_work(sweep: SweepFolder) -> bool:
 
 
 def print_failures(failures: Iterable[Failure], console: Console) -> None:
+    """One line each; where many have one reason, one line for all of them."""
+    by_reason: dict[str, list[Failure]] = {}
     for failure in failures:
-        console.print(f"[yellow]{escape(str(failure))}[/]", soft_wrap=True, highlight=False)
+        by_reason.setdefault(failure.reason, []).append(failure)
+    for reason, alike in by_reason.items():
+        lines = [str(failure) for failure in alike]
+        if len(alike) > MAX_ALIKE:
+            lines = [f"not probed: {len(alike)} checkpoints of {len({f.run.path for f in alike})} runs: {reason}"]
+        for line in lines:
+            console.print(f"[yellow]{escape(line)}[/]", soft_wrap=True, highlight=False)
