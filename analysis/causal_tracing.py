@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -132,7 +132,7 @@ def trace(
     for role_name, role in examples.roles.items():
         other = cached.forward(model, parameters, role.prompts[None].to(device), normal, role.start)
         for part in parts:
-            found = _trace_part(model, parameters, normal, other, role, part, aims)
+            found = _Patching(model, parameters, normal, other, role, part).measure(aims)
             for aim, (ranks, best) in zip(aims, found, strict=True):
                 changed = best != aim.best
                 effects.append(Effect(aim.name, part, role_name, *(_array(x) for x in (aim.ranks, ranks, changed))))
@@ -171,79 +171,78 @@ def find_target(
     return Target(name, layer, position, tokens, ranks, best)
 
 
-def _trace_part(
-    model: Decoder,
-    parameters: Parameters,
-    normal: cached.Pass,
-    other: cached.Pass,
-    role: Role,
-    part: Part,
-    aims: Sequence[Target],
-) -> list[tuple[Tensor, Tensor]]:
-    """For each target: rank and first token after each patch, [L, C, N] each."""
-    states = part == "states"
-    start = role.stop if states else role.start  # the first position that has to be computed
-    prefix = joined_prefix(normal, other if states else normal, role.start, start)
-    copies = {"states": 1, "heads": model.num_heads, "mlps": 1}[part]
-    last = max(aim.layer for aim in aims)
-    num_layers = {aim.name: aim.layer - states for aim in aims}  # replacing the target state itself says nothing
-    width, total = normal.states[0].shape[2] - start, normal.states[0].shape[1]
-    size = max(1, BATCH_ROWS // max(1, copies * last * max(width, 1)))
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {aim.name: [] for aim in aims}
-    for low in range(0, total, size):
-        rows = slice(low, min(low + size, total))
-        mine, theirs = _select(normal, rows), _select(other, rows)
-        for aim, after in _patched_targets(
-            model, parameters, mine, theirs, role, part, [x[rows] for x in prefix], aims, start, last
-        ):
-            after = after[: num_layers[aim.name] * copies]
-            found[aim.name].append(read_tokens(model, parameters, after, aim.tokens[rows]))
-    return [
-        tuple(torch.cat(x, dim=1).view(num_layers[aim.name], copies, total) for x in zip(*found[aim.name], strict=True))  # type: ignore[misc]
-        for aim in aims
-    ]
+@dataclass(frozen=True)
+class _Patching:
+    """The patches of one part for one role, after each layer."""
 
+    model: Decoder
+    parameters: Parameters
+    normal: cached.Pass
+    other: cached.Pass
+    role: Role
+    part: Part
 
-def _select(run: cached.Pass, rows: slice) -> cached.Pass:
-    return cached.Pass(*([x[:, rows] for x in field] for field in (run.states, run.key_values, run.mixed)))
+    @property
+    def start(self) -> int:
+        """The first position that has to be computed."""
+        return self.role.stop if self.part == "states" else self.role.start
 
+    @property
+    def copies(self) -> int:
+        """Of each layer."""
+        return self.model.num_heads if self.part == "heads" else 1
 
-def _patched_targets(
-    model: Decoder,
-    parameters: Parameters,
-    normal: cached.Pass,
-    other: cached.Pass,
-    role: Role,
-    part: Part,
-    prefix: Sequence[Tensor],
-    aims: Sequence[Target],
-    start: int,
-    last: int,
-) -> Iterator[tuple[Target, Tensor]]:
-    """Each target's states [copies of all layers so far, B, d] after the patches."""
-    fixed = [aim for aim in aims if aim.position < start]
-    copies = model.num_heads if part == "heads" else 1
-    for aim in fixed:  # no patch reaches it but that of its own column
-        run = other if part == "states" and aim.position >= role.start else normal
-        yield aim, run.states[aim.layer][:, :, aim.position].expand(aim.layer * copies, -1, -1)
-    free = [aim for aim in aims if aim.position >= start]
-    if not free or (part == "states" and last == 1):
-        yield from ((aim, normal.states[0][:0, :, aim.position]) for aim in free)
-        return
-    end = normal.states[0].shape[2] - 1
-    if part == "states":
-        entering = {layer: normal.states[layer][:, :, start:] for layer in range(1, last)}
-        last_only = all(aim.position == end for aim in free if aim.layer == last)
-    else:
-        patch = head_patches if part == "heads" else mlp_patches
-        entering = {
-            layer: patch(model, parameters, normal, other, layer, role.start, role.stop) for layer in range(1, last + 1)
-        }
-        last_only = False
-    for layer, x in continued(model, parameters, prefix, entering, last, last_only):
-        for aim in free:
-            if aim.layer == layer:
-                yield aim, x[:, :, aim.position - end - 1]
+    def num_layers(self, aim: Target) -> int:
+        """Layers whose patches say something about the target: its own state is no cause of itself."""
+        return aim.layer - (self.part == "states")
+
+    def select(self, rows: slice) -> _Patching:
+        """For some of the examples."""
+        normal, other = (
+            cached.Pass(*([x[:, rows] for x in tensors] for tensors in (run.states, run.key_values, run.mixed)))
+            for run in (self.normal, self.other)
+        )
+        return replace(self, normal=normal, other=other)
+
+    def measure(self, aims: Sequence[Target]) -> list[tuple[Tensor, Tensor]]:
+        """For each target: rank and first token after each patch, [L, C, N] each."""
+        last = max(aim.layer for aim in aims)
+        _, total, length, _ = self.normal.states[0].shape
+        size = max(1, BATCH_ROWS // (self.copies * last * max(length - self.start, 1)))
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {aim.name: [] for aim in aims}
+        for low in range(0, total, size):
+            rows = slice(low, min(low + size, total))
+            for aim, after in self.select(rows).targets(aims, last):
+                after = after[: self.num_layers(aim) * self.copies]
+                found[aim.name].append(read_tokens(self.model, self.parameters, after, aim.tokens[rows]))
+        shapes = [(self.num_layers(aim), self.copies, total) for aim in aims]
+        whole = [[torch.cat(parts, dim=1) for parts in zip(*found[aim.name], strict=True)] for aim in aims]
+        return [(ranks.view(shape), best.view(shape)) for (ranks, best), shape in zip(whole, shapes, strict=True)]
+
+    def targets(self, aims: Sequence[Target], last: int) -> Iterator[tuple[Target, Tensor]]:
+        """Each target's states [copies of all layers so far, B, d] after the patches."""
+        states = self.part == "states"
+        for aim in aims:
+            if aim.position < self.start:  # no patch reaches it but that of its own column
+                run = self.other if states and aim.position >= self.role.start else self.normal
+                yield aim, run.states[aim.layer][:, :, aim.position].expand(aim.layer * self.copies, -1, -1)
+        free = [aim for aim in aims if aim.position >= self.start]
+        if not free or (states and last == 1):
+            yield from ((aim, self.normal.states[0][:0, :, aim.position]) for aim in free)
+            return
+        end = self.normal.states[0].shape[2] - 1
+        at_end = states and all(aim.position == end for aim in free if aim.layer == last)
+        prefix = joined_prefix(self.normal, self.other if states else self.normal, self.role.start, self.start)
+        for layer, x in continued(self.model, self.parameters, prefix, self._entering(last), last, at_end):
+            yield from ((aim, x[:, :, aim.position - end - 1]) for aim in free if aim.layer == layer)
+
+    def _entering(self, last: int) -> dict[int, Tensor]:
+        """Layer -> states of the copies patched there, from `start` on."""
+        if self.part == "states":
+            return {layer: self.normal.states[layer][:, :, self.start :] for layer in range(1, last)}
+        patch = head_patches if self.part == "heads" else mlp_patches
+        runs, span = (self.normal, self.other), (self.role.start, self.role.stop)
+        return {layer: patch(self.model, self.parameters, *runs, layer, *span) for layer in range(1, last + 1)}
 
 
 # ---- what it amounts to ----
