@@ -164,7 +164,7 @@ def draw_change(found: ScalarsByStep, target: str, phases: Phases) -> Figure:
 
 
 def _title(target: str) -> str:
-    return target.replace("_layer_", " at layer ")
+    return "the answer" if target == "answer" else target.replace("_layer_", " at layer ")
 
 
 def draw_heat_map(
@@ -186,12 +186,13 @@ def draw_small_multiples(found: ScalarsByStep, target: str, phases: Phases) -> F
     """The heat map at each checkpoint (evenly chosen ones where there are many)."""
     steps = sorted(found)
     roles, values = strengths(found, target, "strength")
-    shown = np.unique(np.linspace(0, len(steps) - 1, min(MAX_PANELS, len(steps))).round().astype(int))
+    start = phases.start(steps)
+    even = np.linspace(0, len(steps) - 1, min(MAX_PANELS - 1, len(steps))).round().astype(int)
+    shown = np.unique([*even, steps.index(start)])
     columns = min(6, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.7 * columns + 0.6, 2.1 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    start = phases.start(steps)
     for ax, index in zip(grid.flat, shown, strict=False):
         note = "\nstart of grokking" if steps[index] == start and phases.saturated is not None else ""
         draw_heat_map(ax, values[index], roles, f"step {steps[index]}{note}", numbers=False)

@@ -130,7 +130,8 @@ class Driver:
             return
         try:
             plan = make_plan(self._probe_targets(), self.sweep.probes)
-            finish_asking(self.asking, plan, self.live, self._ray, self.console, self.interrupted)
+            num_gpus = (self._resources or cluster.local_resources()).num_gpus
+            finish_asking(self.asking, plan, self.live, self._ray, num_gpus, self.console, self.interrupted)
             print_failures([*plan.failures, *self.asking.all_failures()], self.console)
         except Exception as error:
             log.exception("probing failed")

@@ -235,12 +235,12 @@ def _on_actors(
 def start_actors(
     pool: ProbePool, resources: cluster.Resources, jobs: Sequence[Job], workers: int | None = None
 ) -> None:
-    """One for each GPU, else one for each core; no more than there are jobs."""
+    """One for each GPU, else one for each core; no more than the pool has jobs."""
     on_gpu = resources.num_gpus > 0 and any(job.may_use_gpu for job in jobs)
     threads = _threads(jobs)
     if on_gpu:
         pool.dismiss()  # one that took a processor's idle time
-    pool.grow(min(workers or resources.workers(threads, on_gpu), len(jobs)), threads, on_gpu)
+    pool.grow(min(workers or resources.workers(threads, on_gpu), pool.pending), threads, on_gpu)
 
 
 def _threads(jobs: Iterable[Job]) -> int:
@@ -261,10 +261,12 @@ def finish_asking(
     plan: Plan,
     live: LiveAnswers | None,
     connect: Callable[[], cluster.Resources],
+    num_gpus: int,
     console: Console,
     interrupted: threading.Event,
 ) -> None:
-    """After training: what is quickly answered in this process, the rest on actors for all cores."""
+    """After training: what is quickly answered in this process (not what belongs on a GPU), the rest on actors for all
+    cores."""
     asking.forget_failures()
     asking.looks_over_time = True
     jobs = deque(asking.take(plan.jobs))
@@ -274,7 +276,7 @@ def finish_asking(
     steps = sum(job.step is not None for job in jobs)
     asking.num_answered = 0
     with ProbeProgress(console, steps + under_way) as progress:
-        if not under_way:
+        if not under_way and not (num_gpus and any(job.may_use_gpu for job in jobs)):
             answer_here(asking, jobs, progress, interrupted)
         if jobs or under_way:
             probes = {probe.canonical_json(): probe for job in jobs for probe in job.probes}
