@@ -124,7 +124,7 @@ def tracing_over_time(folder: RunFolder, answers: Mapping[int, Path], split: str
     figures: dict[str, Figure] = {}
     for target in targets_of(found):
         figures[f"circuit-{target}"] = draw_change(found, target, phases)
-        if len(found) > 1:
+        if len(found) > 1 and strengths(found, target, "strength")[1].size:
             figures[f"circuit_over_time-{target}"] = draw_small_multiples(found, target, phases)
     last = table[(table["step"] == table["step"].max()) & (table["part"] != "states")]
     for target, mine in last.groupby("target"):
@@ -171,11 +171,14 @@ def draw_heat_map(
     ax: Axes, values: np.ndarray, columns: Sequence[str], title: str, difference: bool = False, numbers: bool = True
 ) -> None:
     """values [layers, columns], layer 1 at the bottom."""
+    ax.set_title(title, fontsize=9)
+    if not values.size:  # for instance: no example was right before a patch
+        ax.text(0.5, 0.5, "no examples", ha="center", va="center", transform=ax.transAxes)
+        return
     scale = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if difference else {"cmap": "viridis", "vmin": 0, "vmax": 1}
     ax.imshow(values, origin="lower", aspect="auto", **scale)  # type: ignore[arg-type]
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(values)), [str(layer) for layer in range(1, len(values) + 1)])
-    ax.set_title(title, fontsize=9)
     for (layer, column), value in np.ndenumerate(values if numbers else np.empty((0, 0))):
         dark = abs(value) > 0.6 if difference else value < 0.5
         text = "-" if np.isnan(value) else f"{value:+.2f}" if difference else f"{value:.2f}"
