@@ -31,8 +31,13 @@ from sweeps.grok_wd_layers import build
 
 
 def train(output: Path, checkpoints: int) -> Target:
-    """A run of the grokking demo's shape with a checkpoint after each step."""
-    changes = {"budget.steps": checkpoints, "budget.batch_size": 64, "metrics_every": checkpoints}
+    """A run of the grokking demo's deepest shape with a checkpoint after each step."""
+    changes: dict[str, object] = {
+        "model.num_layers": 3,
+        "budget.steps": checkpoints,
+        "budget.batch_size": 64,
+        "metrics_every": checkpoints,
+    }
     changes |= {"checkpointing.schedule.every": 1, "evaluation.stop": [], "evaluation.max_examples": 1}
     experiment = build("demo").base.with_overrides(changes)
     sweep = SweepFolder(output / "pool")
