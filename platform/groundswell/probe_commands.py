@@ -163,14 +163,28 @@ def results_table(targets: Sequence[Target], outcome: Outcome) -> Table:
     """One row a run: checkpoints that all probes have answered, and each probe's headline scalars at its last one."""
     rows = [_row(target, outcome.asked.get(target.run.path, ())) for target in targets]
     headlines = list(dict.fromkeys(name for *_, found in rows for name in found))[:MAX_HEADLINES]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "id", "answered", "last step", *headlines):
+    pattern, columns = _shorten(headlines)
+    table = Table(title=pattern, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "id", "answered", "last step", *columns):
         left = column in ("name", "id")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column == "id")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column == "id", overflow="fold")
     for name, run_id, count, step, found in rows:
         values = [f"{found[headline]:.4g}" if headline in found else "" for headline in headlines]
         table.add_row(name, run_id, count, step, *values)
     return table
+
+
+def _shorten(names: Sequence[str]) -> tuple[str, list[str]]:
+    """evaluate/iid/accuracy, evaluate/ood/accuracy -> "evaluate/*/accuracy", [iid, ood]."""
+    parts = [name.split("/") for name in names]
+    spare = min(map(len, parts), default=1) - 1  # of each name something is left
+    if len(names) < 2 or not spare:
+        return "", list(names)
+    first = parts[0]
+    start = next((n for n in range(spare) if any(each[n] != first[n] for each in parts)), spare)
+    end = next((n for n in range(spare - start) if any(each[-1 - n] != first[-1 - n] for each in parts)), spare - start)
+    pattern = "/".join([*first[:start], "*", *first[len(first) - end :]])
+    return pattern if start + end else "", ["/".join(each[start : len(each) - end]) for each in parts]
 
 
 def _row(target: Target, probes: Sequence[Probe]) -> tuple[str, str, str, str, Mapping[str, float]]:

@@ -13,6 +13,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from groundswell import ConfigError, commands, probing
+from groundswell.probe_commands import _shorten
 from groundswell.probe_pool import Job, ProbePool, answer
 from groundswell.probes import Findings, Probe, answers, answers_over_time, ask, look_over_time, scalars
 from groundswell.probing import Asking, Target, answer_here, make_plan, probe_checkpoints, stays
@@ -297,6 +298,14 @@ def test_mistakes_are_told_in_one_line(command, sweep):
         assert code == 2, arguments
         assert printed.err.startswith("groundswell: ") and message in printed.err
         assert printed.err.count("\n") == 1
+
+
+def test_columns_of_the_table_have_short_names():
+    assert _shorten(["evaluate/iid/accuracy", "evaluate/ood/accuracy"]) == ("evaluate/*/accuracy", ["iid", "ood"])
+    assert _shorten(["lens/mrr", "lens/rank"]) == ("lens/*", ["mrr", "rank"])
+    assert _shorten(["a/x", "b/x"]) == ("*/x", ["a", "b"])
+    for names in (["lens/a/mrr", "trace/n"], ["lens/mrr"], ["a", "a/b"], []):
+        assert _shorten(names) == ("", names)
 
 
 def test_no_run_that_can_be_asked(command, tiny, make_run):
