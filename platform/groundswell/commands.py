@@ -153,7 +153,6 @@ def main(args: Sequence[str] | None = None) -> int:
             prog="groundswell",
             description=__doc__,
             args=args,
-            config=(tyro.conf.UsePythonSyntaxForLiteralCollections,),
         )
     except ConfigError as error:
         print(f"groundswell: {error}", file=sys.stderr)

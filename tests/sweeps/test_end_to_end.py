@@ -11,7 +11,7 @@ import pytest
 from conftest import assert_tracked_once, database, mlflow_runs, tables
 from small_sweep import PRESETS, build
 
-from groundswell import cli, commands
+from groundswell import cli, commands, probes
 from groundswell.rundir import SweepFolder
 from tasks.folder import write_folder
 from tasks.modular_arithmetic import ModularArithmetic
@@ -74,6 +74,7 @@ def test_packed_sweep_equals_one_by_one(sweep, tmp_path, undisturbed):
     pd.testing.assert_frame_equal(packed[accuracies], alone[accuracies], rtol=0, atol=0.03)  # one example flips
 
 
+@pytest.mark.slow
 def test_asha_stops_members_of_a_pack(sweep, tmp_path):
     """Runs that are behind end early with their state kept; a second start trains nothing and stops nobody else."""
     arguments = ("--scheduler", "asha", "--pack", "6", "--axis", "optimizer.lr=1e-5,1e-3,1e-2")
@@ -192,6 +193,7 @@ def test_the_grokking_sweep(smoke):
 def test_looking_at_runs(smoke, capsys):
     folder, _ = smoke
     output = folder.path.parent
+    assert commands.main(["runs", "--output", str(output), "--state", "finished", "stopped"]) == 0
     assert commands.main(["runs", "--output", str(output), "--filter", "weight_decay > 0.5"]) == 0
     printed = capsys.readouterr().out
     assert "2 of 4 runs: 2 finished" in printed
@@ -229,6 +231,31 @@ def test_the_reversal_sweep(cluster, tmp_path, capsys):
     assert "starting Ray" not in capsys.readouterr().out
     assert commands.main(["show", "task=reverse seed=0", "--output", str(tmp_path)]) == 0
     assert "heat_map/val_seen/row_accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_circuits_sweep(cluster, tmp_path, capsys):
+    """Every checkpoint is read and traced, also of shared weights, and can then be evaluated and scored as text."""
+    from sweeps.grok_circuits import SIZES
+    from sweeps.grok_circuits import build as build_circuits
+
+    arguments = ["--preset", "smoke", "--address", cluster, "--output", str(tmp_path)]
+    assert cli.run(build_circuits, {preset: size[0] for preset, size in SIZES.items()}, "demo", arguments) == 0
+    folder = SweepFolder(tmp_path / "grok_circuits-smoke")
+    summary = pd.read_csv(folder.path / "tables" / "summary.csv")
+    assert list(summary["task"]) == ["composition"] * 2 + ["comparison"] * 2
+    assert list(summary["weights"]) == ["own", "shared"] * 2
+    assert (folder.path / "figures" / "circuits.png").exists()
+    for run in folder.runs():
+        asked = {(step, name) for step, name in probes.answers(run)}
+        assert asked == {(s, name) for s in run.checkpoint_steps() for name in ("logit_lens", "causal_tracing")}
+        assert set(probes.answers_over_time(run)) == {"logit_lens", "causal_tracing"}
+    assert_tracked_once(folder)
+    where = ["--sweep", folder.name, "--output", str(tmp_path), "--address", cluster]
+    assert commands.main(["evaluate", *where, "--steps", "last", "--items"]) == 0
+    capsys.readouterr()
+    assert commands.main(["score", str(folder.path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(folder.runs())
 
 
 def test_dry_run_makes_nothing(tmp_path):

@@ -49,6 +49,7 @@ def test_killed_driver(start, output, folder, undisturbed):
     again.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_killed_worker(start, output, folder, undisturbed):
     """A worker's death costs the time since the last checkpoint, nothing else."""
     sweep = start(output, "--pack", "1")
@@ -61,6 +62,7 @@ def test_killed_worker(start, output, folder, undisturbed):
     assert_tracked_once(folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_second_process(start, output, folder, undisturbed):
     """State is saved, the message says how to go on, nothing keeps running."""
     first = start(output, "--pack", "1")
