@@ -57,6 +57,7 @@ def curves_by_name(folder):
     return history.merge(runs[["run_id", "name"]]).sort_values(["name", "step"]).reset_index(drop=True)
 
 
+@pytest.mark.slow
 def test_packed_sweep_equals_one_by_one(sweep, tmp_path, undisturbed):
     """Same curves, whatever a run was packed with; the diverging ones leave their pack."""
     code, printed = sweep("--pack", "6")
@@ -114,6 +115,7 @@ def test_random_search_goes_on_with_more_samples(sweep, tmp_path):
     assert rates.between(1e-4, 1e-1).all()
 
 
+@pytest.mark.slow
 def test_broken_run_in_a_pack(sweep, tmp_path):
     """The broken one is recorded with its error; its pack goes on; the exit code tells; the next start tries again."""
     arguments = ("--pack", "6", "--axis", "seed=0,1,2", *TWO_RATES, "--task.broken-seed", "1")
@@ -142,6 +144,7 @@ def test_median_stopping(sweep, tmp_path):
     assert set(states) <= {"finished", "pruned"} and "finished" in set(states)
 
 
+@pytest.mark.slow
 def test_data_folder_in_the_original_format(sweep, tmp_path):
     """A task is replaced by a folder of files; the runs equal those on the task that wrote it."""
     world = ModularArithmetic(modulus=13, train_fraction=0.6)
@@ -203,6 +206,7 @@ def test_looking_at_runs(smoke, capsys):
     assert "tasks.composition.Composition" in printed and "step-00000150" in printed
 
 
+@pytest.mark.slow
 def test_the_reversal_sweep(cluster, tmp_path, capsys):
     """Four tasks, probes of their checkpoints, figures; the second start trains and asks nothing."""
     from sweeps.reversal_curse import STUDIES
