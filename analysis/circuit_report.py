@@ -22,7 +22,7 @@ from analysis.circuits import (
     strengths,
 )
 from analysis.logit_lens import LogitLens
-from analysis.tables import short, spread
+from analysis.tables import settings_of, short, spread
 from groundswell.report import Report
 from groundswell.results import Results
 from groundswell.sweep import format_value
@@ -34,7 +34,7 @@ NUM_FACTS = 2  # of each task: b and r2, val1 and val2
 def circuits_report(results: Results) -> Report:
     """Table: one row a setting. Figure: one row a setting, of its first replicate."""
     rows, drawn = [], {}
-    for key, runs in _settings(results):
+    for key, runs in settings_of(results):
         label = "\n".join(
             format_value(value) if path == "task" else f"{short(path)} = {format_value(value)}"
             for path, value in zip(results.setting_axes, key, strict=True)
@@ -55,13 +55,6 @@ def circuits_report(results: Results) -> Report:
     )
     figures = {"circuits": draw(drawn)} if drawn else {}
     return Report("Circuits: what forms while held-out accuracy rises", pd.DataFrame(rows), figures, remarks)
-
-
-def _settings(results: Results) -> list[tuple[tuple, pd.DataFrame]]:
-    axes = results.setting_axes
-    if not axes:
-        return [((), results.runs)]
-    return [(key if isinstance(key, tuple) else (key,), runs) for key, runs in results.runs.groupby(axes, sort=False)]
 
 
 class _Run:

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.tables import short, spread
+from analysis.tables import settings_of, short, spread
 from groundswell.experiment import Experiment
 from groundswell.probes import Findings, Opened, Probe
 from groundswell.report import Report
@@ -130,7 +130,7 @@ def reversal_report(results: Results) -> Report:
     similarities for each setting that has them."""
     table = summarise(results)
     figures = {"word_nll": draw_curves(results)}
-    for _, runs in _settings(results):
+    for _, runs in settings_of(results):
         first = runs.iloc[0]
         label = "_".join(str(first[path]) for path in results.setting_axes) or "all"
         stem = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in label)
@@ -168,14 +168,6 @@ def _task_of(results: Results, run_id: str) -> FactTask:
     return task
 
 
-def _settings(results: Results) -> list[tuple[tuple, pd.DataFrame]]:
-    """Runs of each setting, in the order of the sweep."""
-    axes = results.setting_axes
-    if not axes:
-        return [((), results.runs)]
-    return [(key if isinstance(key, tuple) else (key,), runs) for key, runs in results.runs.groupby(axes, sort=False)]
-
-
 def summarise(results: Results) -> pd.DataFrame:
     """One row a setting, as text ready to read."""
     metrics = {
@@ -188,7 +180,7 @@ def summarise(results: Results) -> pd.DataFrame:
     }
     curves = {column: results.curves(metric).sort_values("step") for column, metric in metrics.items()}
     rows = []
-    for key, runs in _settings(results):
+    for key, runs in settings_of(results):
         ids = set(runs["run_id"])
         mine = {column: curve[curve["run_id"].isin(ids)].groupby("run_id")["value"] for column, curve in curves.items()}
         scalars = pd.DataFrame([results.answer(run_id, LogitHeatMaps.name())[0] for run_id in runs["run_id"]])
@@ -231,7 +223,7 @@ def _score(scalars: pd.DataFrame) -> str:
 
 def draw_curves(results: Results) -> Figure:
     """One panel a setting: negative log-probability of the answer word, mean and range over the seeds."""
-    settings = _settings(results)
+    settings = settings_of(results)
     columns = min(4, len(settings))
     rows = -(-len(settings) // columns)
     figure = Figure(figsize=(3.6 * columns + 0.6, 3.1 * rows + 0.7), layout="constrained")
