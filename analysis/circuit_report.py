@@ -91,9 +91,12 @@ class _Run:
         layer = int(np.nanargmax(values[-1]))
         return layer + 1, float(values[self.start, layer]), float(values[-1, layer])
 
-    def grown(self) -> tuple[str, int, float, float]:
-        """Role and layer of the state whose strength grows most, and that at the start and at the end."""
+    def grown(self) -> tuple[str, int, float, float] | None:
+        """Role and layer of the state whose strength grows most, and that at the start and at the end. None where no
+        example was right at one of them."""
         change = self.strength[-1] - self.strength[self.start]
+        if np.isnan(change).all():
+            return None
         layer, role = np.unravel_index(np.nanargmax(change), change.shape)
         return (
             self.roles[role],
@@ -118,13 +121,21 @@ def _row(runs: Sequence[_Run]) -> dict[str, str]:
         "held-out": spread(pd.Series([run.last(HELD_OUT) for run in runs]), "{:.2f}"),
         "OOD": spread(pd.Series([run.last(OOD) for run in runs]), "{:.2f}"),
     }
-    for index, name in enumerate(first.facts[:NUM_FACTS], start=1):
+    between = first.ranks.shape[1] > 2  # one layer has no state between input and output
+    for index, name in enumerate(first.facts[:NUM_FACTS] if between else (), start=1):
         found = [run.fact(name) for run in runs]
         row[f"fact {index}"] = f"{name}: {_change([x[1] for x in found], [x[2] for x in found])} (layer {found[0][0]})"
-    role, layer, *_ = first.grown()
+    grown = first.grown()
+    if grown is None:
+        return row | {"state": "-"}
+    role, layer, *_ = grown
+    measured = [run for run in runs if run.grown() is not None]
     place = first.roles.index(role)
-    before = [run.strength[run.start, layer - 1, place] for run in runs]
-    row["state"] = f"S[{layer},{role}]: {_change(before, [run.strength[-1, layer - 1, place] for run in runs])}"
+    before, after = (
+        [run.strength[step, layer - 1, place] for run, step in pairs]
+        for pairs in ([(run, run.start) for run in measured], [(run, -1) for run in measured])
+    )
+    row["state"] = f"S[{layer},{role}]: {_change(before, after)}"
     return row
 
 

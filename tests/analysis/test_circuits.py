@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.causal_tracing import CausalTracing
-from analysis.circuit_report import circuits_report
+from analysis.circuit_report import _row, _Run, circuits_report
 from analysis.circuits import Curves, Phases, reciprocal_ranks, strengths, targets_of
 from analysis.logit_lens import LogitLens
 from groundswell.probes import answers, run_probes, scalars
@@ -143,3 +143,12 @@ def test_the_report_of_a_sweep_has_a_row_and_a_panel_for_each_setting(probed, tm
     assert row["weights"] == "own" and row["runs"] == "1" and row["fact 1"].startswith("b: ")
     assert row["state"].startswith("S[") and "->" in row["state"]
     assert len(report.figures["circuits"].axes) == 6
+
+
+def test_a_run_that_was_never_right_has_no_state_to_report() -> None:
+    lens = {"lens/b/layer_0/mrr": 0.1, "lens/b/layer_1/mrr": 0.2, "lens/b/layer_2/mrr": 0.3}
+    run = _Run(Curves({}), {10: lens}, {10: {"trace/answer/h/layer_1/altered": 1.0}})
+    assert run.grown() is None
+    assert _row([run])["state"] == "-"
+    shallow = {"lens/b/layer_0/mrr": 0.1, "lens/b/layer_1/mrr": 0.2}
+    assert "fact 1" not in _row([_Run(Curves({}), {10: shallow}, {10: {}})])
