@@ -38,6 +38,10 @@ class AnswerLoss(Objective):
         accuracy = (right | ~counted).all(-1).to(mean.dtype).mean(-1)
         return mean, {"answer_loss": answers, "accuracy": accuracy}
 
+    def weight(self, batch: Split) -> Tensor:
+        """Answer tokens [K]."""
+        return (batch.targets != IGNORE).sum((1, 2)).float()
+
     def evaluate(self, model: Model, parameters: Parameters, batch: Split, answer: Answer) -> dict[str, Tensor]:
         logits = model.answer_logits(parameters, batch.tokens, batch.positions)
         right = (logits.argmax(-1) == batch.targets) | (batch.targets == IGNORE)

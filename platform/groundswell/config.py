@@ -38,12 +38,12 @@ class Config(BaseModel):
 
     def canonical_json(self) -> str:
         """One text per meaning: sorted keys, no spaces, shortest float form."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return _canonical(self.to_dict())
 
     @property
     def identity(self) -> str:
         """sha256 of the canonical JSON, in hex."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+        return hash_of(self.to_dict())
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
@@ -142,6 +142,15 @@ class Component(Config):
             fields = {key: child for key, child in value.items() if key != CLASS_KEY}
             return handler(fields) if target is cls else target.model_validate(fields)
         return handler(value)
+
+
+def _canonical(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def hash_of(values: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of a tree, in hex."""
+    return hashlib.sha256(_canonical(values).encode()).hexdigest()
 
 
 def import_path(cls: type) -> str:

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from groundswell.config import CLASS_KEY, Component, Config
+from groundswell.config import CLASS_KEY, Component, Config, hash_of
 from groundswell.protocols import Model, Objective, Task
 from groundswell.schedule import Every, LogSpaced, Schedule
 
 
+class ParameterGroup(Config):
+    """Tensors that are treated in a way of their own. What is not said is as for all others."""
+
+    match: str = Field(description="regular expression that is found in the tensor's name; the first group wins")
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    ascent: bool = Field(False, description="climb the loss instead (multipliers of a Lagrangian)")
+    frozen: bool = Field(False, description="keep the initial values")
+
+    @field_validator("match")
+    @classmethod
+    def _is_an_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"'{value}' is not a regular expression ({error})") from None
+        return value
+
+
 class AdamW(Component):
-    """AdamW with decoupled weight decay, linear warm-up, then a constant rate, and clipping by global norm."""
+    """AdamW with decoupled weight decay, linear warm-up, a schedule, and clipping by global norm."""
 
     packable = frozenset({"lr", "weight_decay", "beta1", "beta2", "warmup_steps", "clip_norm"})
 
@@ -27,6 +48,40 @@ class AdamW(Component):
     eps: float = Field(1e-8, gt=0)
     warmup_steps: int = Field(0, ge=0, description="the s-th update (from 0) uses lr * min(1, s / warmup_steps)")
     clip_norm: float = Field(1.0, ge=0, description="largest global gradient norm; 0 is no clipping")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the rate after warm-up; linear and cosine reach final_lr at the last update"
+    )
+    final_lr: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a fraction of lr")
+    groups: tuple[ParameterGroup, ...] = Field((), description="tensors with settings of their own")
+
+    def lr_factor(self, update: int, total_updates: int) -> float:
+        """What the learning rates are multiplied with in update number `update` (from 0)."""
+        if update < self.warmup_steps:
+            return update / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (update - self.warmup_steps) / max(1, total_updates - self.warmup_steps))
+        curve = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.final_lr + (1.0 - self.final_lr) * curve
+
+    def group_of(self, name: str) -> int:
+        """Which group a tensor belongs to: its place in `groups`, or len(groups) for those of no group."""
+        matching = (index for index, group in enumerate(self.groups) if re.search(group.match, name))
+        return next(matching, len(self.groups))
+
+    def group_settings(self) -> list[ParameterGroup]:
+        """Complete settings of each group, those of no group last."""
+        rest = ParameterGroup(match="", lr=self.lr, weight_decay=self.weight_decay)
+        return [
+            ParameterGroup(
+                match=group.match,
+                lr=self.lr if group.lr is None else group.lr,
+                weight_decay=self.weight_decay if group.weight_decay is None else group.weight_decay,
+                ascent=group.ascent,
+                frozen=group.frozen,
+            )
+            for group in self.groups
+        ] + [rest]
 
 
 class Budget(Config):
@@ -96,17 +151,71 @@ class Evaluation(Config):
 
 class Checkpointing(Config):
     schedule: SerializeAsAny[Schedule] = Every(every=1_000)
-    keep: Literal["all", "last"] = Field("all", description="weights of every scheduled step, or of the last two only")
+    keep: Literal["all", "last"] = Field("all", description="weights of every scheduled step, or of the last ones only")
+    keep_last: int = Field(2, gt=0, description="how many of the newest are kept with keep=last")
+    milestones: tuple[int, ...] = Field((), description="further steps, whose weights are always kept")
+    best_metric: str = Field("", description="keep the weights of its best step too, for instance eval/iid/accuracy")
+    best_mode: Literal["max", "min"] = "max"
+    every_s: float = Field(120.0, gt=0, description="a state to go on from at least this often, at the next reading")
 
 
 class Scaling(Config):
-    """Where and how precisely one run computes."""
+    """Where and how precisely one run computes, and over how many workers it is spread.
 
+    single: in the process that hosts packs. The others run under Ray Train, one process a worker: ddp (a copy of the
+    network each), fsdp (FSDP2: parameters, gradients and optimizer sharded by block), deepspeed (ZeRO 1, 2 or 3).
+    """
+
+    strategy: Literal["single", "ddp", "fsdp", "deepspeed"] = "single"
+    num_workers: int = Field(1, gt=0, description="processes of one run (ddp, fsdp, deepspeed), one a GPU")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
-    num_threads: int = Field(1, gt=0, description="CPU threads of one run; part of what makes a resume bit-exact")
+    num_threads: int = Field(1, gt=0, description="CPU threads of one worker; part of what makes a resume bit-exact")
+    cpus_per_worker: float | None = Field(None, gt=0, description="what Ray reserves; default num_threads")
+    micro_batch: int | None = Field(
+        None, gt=0, description="examples in one forward pass of a worker; gradients accumulate over the batch"
+    )
+    zero_stage: Literal[1, 2, 3] = Field(2, description="of deepspeed: shard optimizer; + gradients; + parameters")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keep on the CPU: the optimizer (deepspeed), or parameters too (fsdp, deepspeed stage 3)"
+    )
+    timeout_s: float = Field(1_800.0, gt=0, description="a worker that is silent for longer counts as stuck")
     compile: bool = Field(False, description="torch.compile the loss (GPU)")
     cuda_graph: bool = Field(False, description="replay the whole step as one CUDA graph (GPU, no dropout)")
+
+    # Another number of workers, or other reservations, goes on with the same run.
+    not_identity: ClassVar[frozenset[str]] = frozenset({"num_workers", "cpus_per_worker", "timeout_s"})
+
+    @property
+    def distributed(self) -> bool:
+        """Does the run need processes of its own?"""
+        return self.strategy != "single"
+
+    @property
+    def reserved_cpus(self) -> float:
+        """CPUs that Ray sets aside for one worker."""
+        return self.num_threads if self.cpus_per_worker is None else self.cpus_per_worker
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Scaling:
+        if self.strategy == "single":
+            if self.num_workers > 1:
+                raise ValueError(f"num_workers {self.num_workers} needs strategy ddp, fsdp or deepspeed")
+            if self.offload != "none" or self.activation_checkpointing:
+                raise ValueError("strategy single has no offload and no activation_checkpointing; use fsdp")
+        elif self.compile or self.cuda_graph:
+            raise ValueError(f"strategy {self.strategy} does not go with compile or cuda_graph; leave them off")
+        if self.strategy in ("fsdp", "deepspeed") and self.precision == "float64":
+            raise ValueError(f"precision float64 does not go with strategy {self.strategy}; use single or ddp")
+        if self.offload != "none":
+            if self.strategy == "ddp":
+                raise ValueError("offload does not go with ddp; use fsdp or deepspeed")
+            if self.strategy == "fsdp" and self.offload == "optimizer":
+                raise ValueError("offload optimizer alone is DeepSpeed's; fsdp offloads all")
+            if self.strategy == "deepspeed" and self.offload == "all" and self.zero_stage != 3:
+                raise ValueError("offload all needs zero_stage 3; stages 1 and 2 can offload the optimizer")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Scaling:
@@ -135,6 +244,14 @@ class Experiment(Config):
     def _check(self) -> Experiment:
         self.model.check(self.task)
         return self
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what decides the result: the whole tree but for what `Scaling.not_identity` names."""
+        values = self.to_dict()
+        for name in Scaling.not_identity:
+            del values["scaling"][name]
+        return hash_of(values)
 
     @property
     def run_id(self) -> str:

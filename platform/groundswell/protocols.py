@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from groundswell.config import Component
+from groundswell.config import Component, ConfigError
 
 if TYPE_CHECKING:  # slow to import, and commands that list runs do without
     import torch
@@ -101,9 +101,30 @@ class ParameterSpec:
     init_std: float | None = None
     init_value: float = 0.0
     trained: bool = True  # False: keeps its initial value
+    group: int = 0  # which of the optimizer's groups; the engine sets it
 
 
 Parameters = Mapping[str, "Tensor"]  # name -> [K, *shape]
+
+
+class Network(Protocol):
+    """One run's network as a torch.nn.Module.
+
+    Its parameters are on the meta device (buffers are real) and named as in `Model.parameters`; a tied one counts once.
+    Calling it: tokens [B, T], positions [B, A], generator (as in `answer_logits`) -> logits [B, A, V].
+    """
+
+    blocks: Sequence[torch.nn.Module]  # what is sharded and recomputed as one unit, in order; together most of it
+
+    def __call__(self, tokens: Tensor, positions: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+class WeightReader(Protocol):
+    """Tensors of a folder, read one at a time or in parts, so that no process ever holds them all."""
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """`rows` of dimension 0 of the tensor with this spec name, float32 (float64 stays)."""
+        ...
 
 
 class Model(Component, ABC):
@@ -149,6 +170,16 @@ class Model(Component, ABC):
     def check(self, task: Task) -> None:
         """Raise ValueError for a combination that cannot work, naming the field."""
 
+    def network(self, vocab_size: int, max_length: int) -> Network:
+        """One run's network as a module, for strategies that wrap and shard modules. Raises ConfigError where there
+        is none."""
+        raise ConfigError(f"model {type(self).__name__} cannot be spread over workers; use scaling.strategy=single")
+
+    def initial_weights(self, vocab_size: int, max_length: int) -> WeightReader | None:
+        """Where a pretrained network's tensors are read from; None: they are drawn by their specs.
+        Raises ConfigError for a folder of another network."""
+        return None
+
     def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
         """Matrix-multiply FLOPs of one forward pass of one example; a step costs three times that."""
         specs = self.parameters(vocab_size, length)
@@ -168,6 +199,13 @@ class Objective(Component, ABC):
         generators: Sequence[torch.Generator] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch tensors carry the trial axis ([K, B, ...]). Returns the loss [K] and named metrics [K] (detached)."""
+
+    def weight(self, batch: Split) -> Tensor:
+        """How many equal parts the loss of this batch is the mean of [K]: what the batch's losses are weighted with
+        when it is computed in pieces, on several workers or one after the other. Rows, unless the objective says."""
+        import torch
+
+        return torch.full(batch.tokens.shape[:1], float(batch.tokens.shape[1]), device=batch.tokens.device)
 
     @abstractmethod
     def evaluate(self, model: Model, parameters: Parameters, batch: Split, answer: Answer) -> dict[str, Tensor]:
