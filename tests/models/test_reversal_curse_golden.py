@@ -141,10 +141,11 @@ def replay(name: str) -> tuple[Pack, np.ndarray, dict[str, np.ndarray]]:
     member = Member.create(experiment, torch.device("cpu"))
     weights = load(run["init_file"], experiment.model)
     specs = experiment.model.parameters(experiment.task.vocab_size, experiment.task.max_length)
-    offsets, *_, size = layout(specs)
-    row = torch.zeros(1, size)
+    where = layout(specs)
+    row = torch.zeros(1, where.row_size)
     for spec in specs:
-        row[0, offsets[spec.name] : offsets[spec.name] + weights[spec.name].numel()] = weights[spec.name].flatten()
+        start = where.offsets[spec.name]
+        row[0, start : start + weights[spec.name].numel()] = weights[spec.name].flatten()
     facts = experiment.task.draw()
     numbers = {tuple(sentence): index for index, sentence in enumerate(facts.train.tolist())}
     order = [numbers[tuple(s)] for batch in record["train_batches"].tolist() for s in batch if s[0] >= 0]

@@ -1,7 +1,7 @@
 """Parameters of a pack as rows of one flat buffer, and AdamW over its rows.
 
-A row is [decayed | not decayed | not trained], so a run's optimizer step, gradient norm and checkpoint are each one
-slice.
+A row is [decayed | not decayed] for each group of the optimizer, then [not trained], so a run's gradient norm and
+checkpoint are each one slice and its optimizer step a few.
 Tensors start at multiples of 64 bytes; the gap is zero and stays zero under AdamW.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from groundswell.experiment import AdamW
-from groundswell.protocols import ParameterSpec
+from groundswell.protocols import ParameterSpec, WeightReader
 
 ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line and one AVX-512 register
 
@@ -25,7 +26,8 @@ class FlatParameters:
     def __init__(self, specs: Sequence[ParameterSpec], flat: Tensor) -> None:
         """`specs` in any order; `flat` [K, P] with P from `layout`."""
         self.specs = list(specs)
-        self.offsets, self.num_decayed, self.num_trained, self.row_size = layout(self.specs)
+        self.layout = layout(self.specs)
+        self.num_trained = self.layout.num_trained
         self.flat = flat
         self.grad = torch.zeros_like(flat)
         self.views: dict[str, Tensor] = {}
@@ -36,7 +38,7 @@ class FlatParameters:
             self.views[spec.name] = view
 
     def _slice(self, buffer: Tensor, spec: ParameterSpec) -> Tensor:
-        offset, size = self.offsets[spec.name], math.prod(spec.shape)
+        offset, size = self.layout.offsets[spec.name], math.prod(spec.shape)
         return buffer[:, offset : offset + size].view(len(buffer), *spec.shape)
 
     def row(self, index: int) -> dict[str, Tensor]:
@@ -50,41 +52,81 @@ class FlatParameters:
         return {name: view.detach()[list(rows)] for name, view in self.views.items()}
 
 
-def layout(specs: Sequence[ParameterSpec]) -> tuple[dict[str, int], int, int, int]:
-    """-> offset of each tensor, ends of the decayed and of the trained part, row size (in elements)."""
-    decayed = [spec for spec in specs if spec.trained and spec.decayed]
-    rest = [spec for spec in specs if spec.trained and not spec.decayed]
+def assign_groups(specs: Sequence[ParameterSpec], optimizer: AdamW) -> list[ParameterSpec]:
+    """The specs with the optimizer's groups: frozen ones are not trained."""
+    settings = optimizer.group_settings()
+    groups = [optimizer.group_of(spec.name) for spec in specs]
+    return [
+        replace(spec, group=group, trained=spec.trained and not settings[group].frozen)
+        for spec, group in zip(specs, groups, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in a row, in elements."""
+
+    offsets: dict[str, int]
+    parts: list[tuple[slice, int, bool]]  # of the trained tensors: place, the optimizer's group, decayed
+    num_trained: int  # end of the last part
+    row_size: int
+
+
+def layout(specs: Sequence[ParameterSpec]) -> Layout:
     offsets: dict[str, int] = {}
-    ends, position = [], 0
-    for part in (decayed, rest, [spec for spec in specs if not spec.trained]):
-        for spec in part:
+    position = 0
+
+    def place(members: Sequence[ParameterSpec]) -> slice:
+        nonlocal position
+        start = position
+        for spec in members:
             offsets[spec.name] = position
             position += -(-math.prod(spec.shape) // ALIGNMENT) * ALIGNMENT
-        ends.append(position)
-    return offsets, ends[0], ends[1], ends[2]
+        return slice(start, position)
+
+    trained = [spec for spec in specs if spec.trained]
+    kinds = sorted({(spec.group, not spec.decayed) for spec in trained})
+    parts = [
+        (place([s for s in trained if (s.group, not s.decayed) == (group, plain)]), group, not plain)
+        for group, plain in kinds
+    ]
+    num_trained = position
+    place([spec for spec in specs if not spec.trained])
+    return Layout(offsets, parts, num_trained, position)
 
 
-def initial_row(specs: Sequence[ParameterSpec], generator: torch.Generator) -> Tensor:
-    """Draw one run's parameters [P] in the order of `specs` (float32, CPU: equal on every device)."""
-    offsets, *_, row_size = layout(specs)
-    row = torch.zeros(row_size)
+def initial_row(
+    specs: Sequence[ParameterSpec], generator: torch.Generator, reader: WeightReader | None = None
+) -> Tensor:
+    """One run's parameters [P], float32 on the CPU: read, or drawn in the order of `specs` (equal on every device)."""
+    where = layout(specs)
+    row = torch.zeros(where.row_size)
     for spec in specs:
-        size = math.prod(spec.shape)
-        target = row[offsets[spec.name] : offsets[spec.name] + size]
-        if spec.init_std is None:
-            target.fill_(spec.init_value)
-        else:
-            target.normal_(0.0, spec.init_std, generator=generator)
+        start = where.offsets[spec.name]
+        row[start : start + math.prod(spec.shape)] = initial_tensor(spec, generator, reader).flatten()
     return row
+
+
+def initial_tensor(spec: ParameterSpec, generator: torch.Generator, reader: WeightReader | None = None) -> Tensor:
+    """A tensor's initial values [*shape]. All specs must be drawn in order, even by who keeps only a part of each."""
+    if reader is not None:
+        return reader.read(spec.name)
+    if spec.init_std is None:
+        return torch.full(spec.shape, spec.init_value)
+    return torch.empty(spec.shape).normal_(0.0, spec.init_std, generator=generator)
 
 
 class PackedAdamW:
     """AdamW with its own settings in each row. Equal to torch.optim.AdamW with clip_grad_norm_ run by run."""
 
-    def __init__(self, parameters: FlatParameters, settings: Sequence[AdamW], step: int = 0) -> None:
+    def __init__(
+        self, parameters: FlatParameters, settings: Sequence[AdamW], total_updates: int = 1, step: int = 0
+    ) -> None:
+        """`total_updates` of the whole run, for the learning rate's schedule; `step`: updates done."""
         self.parameters = parameters
         self.settings = list(settings)
-        self.step_count = step  # updates done
+        self.total_updates = total_updates
+        self.step_count = step
         trained = slice(0, parameters.num_trained)
         self.flat, self.grad = parameters.flat.detach()[:, trained], parameters.grad[:, trained]
         self.exp_avg = torch.zeros_like(self.flat)
@@ -93,6 +135,7 @@ class PackedAdamW:
         self._norm = torch.zeros(len(settings), device=parameters.flat.device, dtype=parameters.flat.dtype)
         self._clips = any(s.clip_norm for s in settings)
         self._clip_norm = self._column([s.clip_norm or math.inf for s in settings])
+        self._parts = [_parts(parameters.layout, s) for s in self.settings]
         if not self.on_cpu:
             self._place_scalars()
 
@@ -103,10 +146,13 @@ class PackedAdamW:
         """Every number of the update on the device, so that a CUDA graph can hold the step."""
         settings, column = self.settings, self._column
         self._device_step = torch.tensor(float(self.step_count), device=self.parameters.flat.device)
-        self._lr, self._decay = column([s.lr for s in settings]), column([s.weight_decay for s in settings])
         self._beta1, self._beta2 = column([s.beta1 for s in settings]), column([s.beta2 for s in settings])
         self._eps = column([s.eps for s in settings])
         self._warmup = column([float(s.warmup_steps) for s in settings])
+        self._device_parts = [
+            (alike[0].place, column([p.lr for p in alike]), column([p.weight_decay for p in alike]), alike[0].ascent)
+            for alike in zip(*self._parts, strict=True)
+        ]
 
     def set_step(self, step: int) -> None:
         """Continue the warm-up and the bias corrections after `step` updates."""
@@ -135,35 +181,67 @@ class PackedAdamW:
         return self._norm if self._clips else self._gradient_norm()
 
     def _step_rows(self) -> None:
-        """torch's fused kernel on each row: two calls a run (decayed part, rest)."""
-        split = self.parameters.num_decayed
+        """torch's fused kernel on each part of each row."""
         count = torch.tensor(float(self.step_count + 1))
-        for index, s in enumerate(self.settings):
-            lr = s.lr * min(1.0, self.step_count / s.warmup_steps) if s.warmup_steps else s.lr
-            for part, weight_decay in self._parts(split, s):
+        for index, (s, parts) in enumerate(zip(self.settings, self._parts, strict=True)):
+            factor = s.lr_factor(self.step_count, self.total_updates)
+            for part in parts:
+                place = part.place
                 torch._fused_adamw_(
-                    [self.flat[index, part]], [self.grad[index, part]],
-                    [self.exp_avg[index, part]], [self.exp_avg_sq[index, part]], [], [count],
-                    lr=lr, beta1=s.beta1, beta2=s.beta2, weight_decay=weight_decay, eps=s.eps,
-                    amsgrad=False, maximize=False,
+                    [self.flat[index, place]], [self.grad[index, place]],
+                    [self.exp_avg[index, place]], [self.exp_avg_sq[index, place]], [], [count],
+                    lr=part.lr * factor, beta1=s.beta1, beta2=s.beta2, weight_decay=part.weight_decay, eps=s.eps,
+                    amsgrad=False, maximize=part.ascent,
                 )  # fmt: skip
-
-    @staticmethod
-    def _parts(split: int, settings: AdamW) -> list[tuple[slice, float]]:
-        """Parts of a row with the weight decay of each."""
-        if settings.decay_all:
-            return [(slice(None), settings.weight_decay)]
-        return [(slice(0, split), settings.weight_decay), (slice(split, None), 0.0)]
 
     def _step_flat(self) -> None:
         """The same arithmetic as element-wise kernels over [K, P]; nothing is read back to the host."""
-        split = None if self.settings[0].decay_all else self.parameters.num_decayed
-        warm = torch.where(self._warmup > 0, self._device_step / self._warmup.clamp(min=1), torch.ones_like(self._lr))
-        lr = self._lr * warm.clamp(max=1.0)
+        factor = self._device_factor()
         self._device_step += 1
-        self.flat[:, :split].mul_(1 - lr * self._decay)
+        for place, lr, weight_decay, ascent in self._device_parts:
+            self.flat[:, place].mul_(1 - lr * factor * weight_decay)
+            if ascent:
+                self.grad[:, place].neg_()
         self.exp_avg.mul_(self._beta1).add_((1 - self._beta1) * self.grad)
         self.exp_avg_sq.mul_(self._beta2).add_((1 - self._beta2) * self.grad * self.grad)
         correction1 = 1 - self._beta1**self._device_step
         correction2 = (1 - self._beta2**self._device_step).sqrt()
-        self.flat.sub_((lr / correction1) * self.exp_avg / (self.exp_avg_sq.sqrt() / correction2 + self._eps))
+        for place, lr, _, _ in self._device_parts:
+            root = self.exp_avg_sq[:, place].sqrt() / correction2 + self._eps
+            self.flat[:, place].sub_((lr * factor / correction1) * self.exp_avg[:, place] / root)
+
+    def _device_factor(self) -> Tensor:
+        """`AdamW.lr_factor` of each run [K, 1], computed on the device."""
+        step, first = self._device_step, self.settings[0]  # the schedule is the same in a whole pack
+        warm = torch.where(self._warmup > 0, step / self._warmup.clamp(min=1), torch.ones_like(self._warmup))
+        if first.schedule == "constant":
+            return warm.clamp(max=1.0)
+        done = ((step - self._warmup) / (self.total_updates - self._warmup).clamp(min=1)).clamp(0.0, 1.0)
+        curve = 1.0 - done if first.schedule == "linear" else 0.5 * (1.0 + torch.cos(math.pi * done))
+        final = first.final_lr
+        return torch.where(step < self._warmup, warm, final + (1.0 - final) * curve)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of one run's row with settings of its own."""
+
+    place: slice
+    lr: float
+    weight_decay: float
+    ascent: bool
+
+
+def _parts(where: Layout, settings: AdamW) -> list[_Part]:
+    groups = settings.group_settings()
+    parts: list[_Part] = []
+    for place, group, decayed in where.parts:
+        g = groups[group]
+        weight_decay = g.weight_decay if decayed or settings.decay_all else 0.0
+        part = _Part(place, g.lr or settings.lr, weight_decay or 0.0, g.ascent)
+        last = parts[-1] if parts else None
+        if settings.decay_all and last and replace(last, place=place) == part:  # one kernel call instead of two
+            parts[-1] = replace(part, place=slice(last.place.start, place.stop))
+        else:
+            parts.append(part)
+    return parts

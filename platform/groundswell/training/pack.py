@@ -15,8 +15,8 @@ from torch import Tensor
 
 from groundswell.config import ConfigError
 from groundswell.experiment import Experiment, Scaling
-from groundswell.protocols import Answer, Dataset, Split, Task
-from groundswell.training.flat import FlatParameters, PackedAdamW, initial_row
+from groundswell.protocols import Answer, Dataset, ParameterSpec, Split, Task
+from groundswell.training.flat import FlatParameters, PackedAdamW, assign_groups, initial_row
 from groundswell.training.sampler import DataOrder, generator
 
 # A pack's parameters are slices of rows, so torch remarks on their layout; accumulating into them is still the fastest.
@@ -43,6 +43,12 @@ def resolve_device(scaling: Scaling) -> torch.device:
     return torch.device(name)
 
 
+def parameter_specs(experiment: Experiment) -> list[ParameterSpec]:
+    """The network's tensors with the optimizer's groups."""
+    e = experiment
+    return assign_groups(e.model.parameters(e.task.vocab_size, e.task.max_length), e.optimizer)
+
+
 @dataclass
 class Member:
     """One run inside a pack."""
@@ -59,9 +65,9 @@ class Member:
         return cls(experiment, dataset, order, generator(experiment.seed, "dropout", device))
 
     def initial_row(self) -> Tensor:
-        task = self.experiment.task
-        specs = self.experiment.model.parameters(task.vocab_size, task.max_length)
-        return initial_row(specs, generator(self.experiment.seed, "init"))
+        e = self.experiment
+        reader = e.model.initial_weights(e.task.vocab_size, e.task.max_length)
+        return initial_row(parameter_specs(e), generator(e.seed, "init"), reader)
 
 
 class Pack:
@@ -80,10 +86,10 @@ class Pack:
             torch.backends.cuda.matmul.allow_tf32 = self.scaling.precision in ("tf32", "bf16")
         if rows is None:
             rows = torch.stack([member.initial_row() for member in members])
-        specs = self.model.parameters(first.task.vocab_size, first.task.max_length)
-        self.parameters = FlatParameters(specs, rows.to(self.device, self.dtype))
+        self.parameters = FlatParameters(parameter_specs(first), rows.to(self.device, self.dtype))
         optimizers = [m.experiment.optimizer for m in members]
-        self.optimizer = PackedAdamW(self.parameters, optimizers, step * self.updates_per_step)
+        updates = self.updates_per_step
+        self.optimizer = PackedAdamW(self.parameters, optimizers, first.budget.total * updates, step * updates)
         self._uses_generators = getattr(self.model, "dropout", 0.0) > 0
         self._place_data()
         self._loss = torch.compile(self._forward, dynamic=False) if self.scaling.compile else self._forward
@@ -154,20 +160,40 @@ class Pack:
         with self._autocast():
             return self.objective.loss(self.model, parameters, batch, self.answer, generators)
 
-    def _update(self, rows: Tensor) -> dict[str, Tensor]:
-        """One update on data rows [K, B]. Returns the metrics [K]."""
+    def _batch(self, rows: Tensor) -> Split:
+        """Examples [K, B, ...] of data rows [K, B]."""
         shape, flat_rows = rows.shape, rows.reshape(-1)
-        batch = Split(
+        return Split(
             *(
                 x.index_select(0, flat_rows).view(*shape, -1)
                 for x in (self.data.tokens, self.data.positions, self.data.targets)
             )
         )
+
+    def _update(self, rows: Tensor) -> dict[str, Tensor]:
+        """One update on data rows [K, B]. Returns the metrics [K]."""
         self.parameters.grad.zero_()
-        loss, metrics = self._loss(self.parameters.views, batch)
-        loss.sum().backward()
+        micro_batch = self.scaling.micro_batch or rows.shape[1]
+        if micro_batch >= rows.shape[1]:
+            loss, metrics = self._loss(self.parameters.views, self._batch(rows))
+            loss.sum().backward()
+            metrics = {"loss": loss.detach(), **metrics}
+        else:
+            metrics = self._accumulate([self._batch(piece) for piece in rows.split(micro_batch, dim=1)])
         self.optimizer.step()
-        return {"loss": loss.detach(), **metrics}
+        return metrics
+
+    def _accumulate(self, batches: Sequence[Split]) -> dict[str, Tensor]:
+        """Gradients and metrics of the batches as if they were one."""
+        weights = torch.stack([self.objective.weight(batch) for batch in batches])
+        shares = weights / weights.sum(0).clamp(min=1)
+        sums: dict[str, Tensor] = {}
+        for batch, share in zip(batches, shares, strict=True):
+            loss, metrics = self._loss(self.parameters.views, batch)
+            (loss * share).sum().backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value * share
+        return sums
 
     def train(self, steps: int) -> None:
         """So many steps of the run. Metrics are summed on the device; nothing is read back."""

@@ -26,7 +26,8 @@ def make(dtype=torch.float64):
 
 
 def test_layout_is_aligned_and_decayed_first():
-    offsets, num_decayed, _, row_size = layout(SPECS)
+    where = layout(SPECS)
+    offsets, num_decayed, row_size = where.offsets, where.parts[0][0].stop, where.row_size
     assert all(offset % ALIGNMENT == 0 for offset in offsets.values())
     assert max(offsets["weight"], offsets["embedding"]) < num_decayed <= min(offsets["bias"], offsets["scale"])
     assert row_size % ALIGNMENT == 0
@@ -35,7 +36,7 @@ def test_layout_is_aligned_and_decayed_first():
 def test_views_share_memory_with_their_row():
     parameters = make()
     parameters.views["scale"].data[1] += 1
-    offset = parameters.offsets["scale"]
+    offset = parameters.layout.offsets["scale"]
     assert parameters.flat[1, offset : offset + 3].tolist() == [2.0, 2.0, 2.0]
     (parameters.views["weight"] ** 2).sum().backward()
     assert torch.equal(parameters.grad[:, :15].view(3, 3, 5), 2 * parameters.views["weight"].detach())
@@ -99,7 +100,7 @@ def test_padding_stays_zero():
     parameters.grad.normal_()
     used = torch.zeros_like(parameters.flat, dtype=torch.bool)
     for spec in SPECS:
-        offset = parameters.offsets[spec.name]
+        offset = parameters.layout.offsets[spec.name]
         used[:, offset : offset + torch.Size(spec.shape).numel()] = True
     parameters.grad[~used] = 0
     for _ in range(3):
@@ -112,7 +113,7 @@ def test_decay_of_everything_and_tensors_that_are_not_trained(on_cpu):
     specs = [*SPECS, ParameterSpec("fixed", (6,), decayed=True, init_std=1.0, trained=False)]
     row = initial_row(specs, torch.Generator().manual_seed(0)).double()[None]
     parameters = FlatParameters(specs, row.clone())
-    assert layout(specs)[2] == parameters.num_trained == parameters.offsets["fixed"]
+    assert layout(specs).num_trained == parameters.num_trained == parameters.layout.offsets["fixed"]
     assert not parameters.views["fixed"].requires_grad
     settings = AdamW(lr=1e-2, weight_decay=0.5, decay_all=True, clip_norm=0.0)
     optimizer = PackedAdamW(parameters, [settings])
@@ -130,7 +131,7 @@ def test_decay_of_everything_and_tensors_that_are_not_trained(on_cpu):
         reference.step()
     for name, tensor in tensors.items():
         torch.testing.assert_close(parameters.views[name].detach()[0], tensor.detach(), rtol=1e-6, atol=1e-7)
-    offset = parameters.offsets["fixed"]
+    offset = parameters.layout.offsets["fixed"]
     assert torch.equal(parameters.flat[0, offset : offset + 6], row[0, offset : offset + 6])
     norm = torch.sqrt(sum((tensor.grad**2).sum() for tensor in tensors.values()))
     assert optimizer.grad_norm.item() == pytest.approx(norm.item())
