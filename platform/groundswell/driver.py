@@ -24,7 +24,7 @@ from groundswell.config import ConfigError
 from groundswell.files import atomic_write, ensure_writable
 from groundswell.interrupts import interruptible
 from groundswell.probe_pool import one_line
-from groundswell.probing import Asking, LiveAnswers, Target, finish_asking, make_plan, print_failures, stays
+from groundswell.probing import Asking, LiveAnswers, Target, finish_asking, make_plan, print_failures
 from groundswell.progress import Progress
 from groundswell.report import finish_report
 from groundswell.results import load_results
@@ -152,7 +152,7 @@ class Driver:
             steps = folder.checkpoint_steps()
             chosen = set(steps[-1:]) if folder.status().is_final else set()
             if self.sweep.probe_steps == "all":
-                chosen |= {step for step in steps if stays(run.experiment, step)}
+                chosen |= {step for step in steps if run.experiment.stays(step)}
             targets += [Target(self.folder, folder, tuple(sorted(chosen)))] if chosen else []
         return targets
 

@@ -258,6 +258,16 @@ class Experiment(Config):
         """Short name of the identity: folder and artifact names."""
         return self.identity[:12]
 
+    def saves(self, step: int) -> bool:
+        """Is a checkpoint due after `step`?"""
+        c = self.checkpointing
+        return step == self.budget.total or step in c.milestones or (step > 0 and c.schedule.due(step))
+
+    def stays(self, step: int) -> bool:
+        """Is the checkpoint of `step` never thinned out?"""
+        c = self.checkpointing
+        return step == self.budget.total or step in c.milestones or (c.keep == "all" and c.schedule.due(step))
+
     def pack_key(self) -> str:
         """Runs with equal keys can train as one program: everything but the packable fields."""
         values = self.to_dict() | {"seed": None}

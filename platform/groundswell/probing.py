@@ -250,12 +250,6 @@ def _threads(jobs: Iterable[Job]) -> int:
 # ---- in a sweep ----
 
 
-def stays(experiment: Experiment, step: int) -> bool:
-    """Is a checkpoint of this step kept, whatever comes after it?"""
-    plan = experiment.checkpointing
-    return step == experiment.budget.total or (plan.keep == "all" and plan.schedule.due(step))
-
-
 def finish_asking(
     asking: Asking,
     plan: Plan,

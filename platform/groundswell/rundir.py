@@ -134,6 +134,17 @@ class RunFolder:
             return str(json.loads((self.path / "prune_request.json").read_bytes())["reason"])
         return None
 
+    def request_pause(self, pause: bool = True) -> None:
+        """Ask workers elsewhere to save the run and leave it; or take that back."""
+        path = self.path / "pause_request"
+        if pause:
+            atomic_write(path, "")
+        else:
+            path.unlink(missing_ok=True)
+
+    def pause_requested(self) -> bool:
+        return (self.path / "pause_request").exists()
+
     # ---- journal ----
 
     @property

@@ -16,7 +16,7 @@ from groundswell import ConfigError, commands, probing
 from groundswell.probe_commands import _shorten
 from groundswell.probe_pool import Job, ProbePool, answer
 from groundswell.probes import Findings, Probe, answers, answers_over_time, ask, look_over_time, scalars
-from groundswell.probing import Asking, Target, answer_here, make_plan, probe_checkpoints, stays
+from groundswell.probing import Asking, Target, answer_here, make_plan, probe_checkpoints
 from groundswell.progress import ProbeProgress
 from groundswell.results import load_results
 from groundswell.rundir import SweepFolder
@@ -145,8 +145,8 @@ def test_steps_are_selected(trained):
 
 def test_checkpoints_that_stay(tiny):
     last_only = tiny.with_overrides({"checkpointing.keep": "last"})
-    assert [step for step in (20, 30, 40, 60) if stays(tiny, step)] == [20, 40, 60]
-    assert [step for step in (20, 40, 60) if stays(last_only, step)] == [60]
+    assert [step for step in (20, 30, 40, 60) if tiny.stays(step)] == [20, 40, 60]
+    assert [step for step in (20, 40, 60) if last_only.stays(step)] == [60]
 
 
 # ---- asking ----

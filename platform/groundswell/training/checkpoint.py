@@ -22,6 +22,7 @@ from groundswell.config import ConfigError
 from groundswell.experiment import Experiment
 from groundswell.files import atomic_folder
 from groundswell.protocols import Model
+from groundswell.training.run import Run
 
 log = logging.getLogger(__name__)
 TRAINING_STATE = "training_state.safetensors"
@@ -45,7 +46,7 @@ def save(
     vocabulary: tuple[str, ...],
     training_state: dict[str, Tensor],
 ) -> Path:
-    """Write one checkpoint, then thin the older ones out."""
+    """Write one checkpoint."""
     target = checkpoints / folder_name(step)
     if target.exists():  # a damaged one that a resumed run writes again
         shutil.rmtree(target)
@@ -55,17 +56,20 @@ def save(
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         state = {"step": step, "experiment": experiment.identity, "files": files}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
-    older = list_steps(checkpoints)[:-KEEP_TRAINING_STATES]
-    for old in older:
-        if experiment.checkpointing.keep == "last" or not _is_scheduled(experiment, old):
-            shutil.rmtree(checkpoints / folder_name(old), ignore_errors=True)
-        else:
-            (checkpoints / folder_name(old) / TRAINING_STATE).unlink(missing_ok=True)
     return target
 
 
-def _is_scheduled(experiment: Experiment, step: int) -> bool:
-    return step == experiment.budget.total or experiment.checkpointing.schedule.due(step)
+def thin_out(run: Run) -> None:
+    """Remove the checkpoints that need not stay, and all but the newest training states."""
+    checkpoints = run.folder.checkpoints
+    steps = list_steps(checkpoints)
+    newest, kept = set(steps[-KEEP_TRAINING_STATES:]), run.kept_steps(steps)
+    for step in steps:
+        folder = checkpoints / folder_name(step)
+        if step not in newest | kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif step not in newest:
+            (folder / TRAINING_STATE).unlink(missing_ok=True)
 
 
 def load_weights(folder: Path, model: Model, vocab_size: int, max_length: int) -> dict[str, Tensor]:

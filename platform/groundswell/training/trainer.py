@@ -6,39 +6,25 @@ All moments are functions of the step, so a run that is killed and resumed does 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from groundswell.experiment import Experiment
 from groundswell.rundir import RunFolder
 from groundswell.training import checkpoint
 from groundswell.training.pack import Member, Pack, resolve_device
+from groundswell.training.run import Ending, Run
 
 log = logging.getLogger(__name__)
-CHECKPOINT_SECONDS = 120.0  # a resumable state at least this often, at the next reading
-
-
-@dataclass
-class Run:
-    """One member's files and history."""
-
-    folder: RunFolder
-    experiment: Experiment
-    history: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # evaluations, for the stop rules
-    saved_step: int = -1
 
 
 class PackTrainer:
     """Trains the unfinished runs of one pack from their newest common checkpoint."""
 
-    def __init__(self, folders: Sequence[RunFolder], checkpoint_seconds: float = CHECKPOINT_SECONDS) -> None:
+    def __init__(self, folders: Sequence[RunFolder]) -> None:
         self.runs = [Run(folder, folder.experiment()) for folder in folders if not folder.status().is_final]
-        self.checkpoint_seconds = checkpoint_seconds
         self.pack: Pack | None = None
         self._failed: list[dict[str, Any]] = []  # reports of runs that could not start
         if not self.runs:
@@ -83,17 +69,12 @@ class PackTrainer:
             common = steps if common is None else common & steps
         step = max(common or {0})
         for row, run in enumerate(self.runs):
-            run.folder.truncate_journal(step if common else -1)
+            run.rewind(step if common else -1)
             if common:
                 self.pack.load_member_state(
                     row, *checkpoint.load_training(run.folder.checkpoints, step, run.experiment)
                 )
                 run.saved_step = step
-            run.history = [
-                (line["step"], {k: v for k, v in line["metrics"].items() if k.startswith("eval/")})
-                for line in run.folder.journal()
-                if any(name.startswith("eval/") for name in line["metrics"])
-            ]
         if common:
             self.pack.set_step(step)
         self._fresh = not common
@@ -120,19 +101,19 @@ class PackTrainer:
 
     def _advance_once(self, reports: dict[str, dict[str, Any]]) -> bool:
         """Train to the next event and do what is due there. Returns whether there was an evaluation."""
-        pack, experiment = self._current_pack(), self.runs[0].experiment
+        pack, first = self._current_pack(), self.runs[0]
         if self._fresh and pack.step_count == 0:
             self._fresh, step = False, 0  # evaluation of the untrained model
         else:
-            step = self._next_event(pack.step_count)
+            step = first.next_event(pack.step_count)
             pack.train(step - pack.step_count)
         metrics = self._read(pack)
-        evaluates = step == self.total or experiment.evaluation.schedule.due(step)
+        evaluates = first.evaluates(step)
         if evaluates:
             for mine, more in zip(metrics, pack.evaluate(), strict=True):
                 mine.update(more)
         self._journal(step, metrics, evaluates, reports)
-        endings = [self._ending(run, step, mine) for run, mine in zip(self.runs, metrics, strict=True)]
+        endings = [run.ending(step, mine) for run, mine in zip(self.runs, metrics, strict=True)]
         self._save_due(step, endings)
         for run, (state, reason) in zip(list(self.runs), endings, strict=True):
             if state != "running":
@@ -144,17 +125,6 @@ class PackTrainer:
     def _current_pack(self) -> Pack:
         assert self.pack is not None
         return self.pack
-
-    def _next_event(self, step: int) -> int:
-        e = self.runs[0].experiment
-        for candidate in range(step + 1, self.total):
-            if (
-                candidate % e.metrics_every == 0
-                or e.evaluation.schedule.due(candidate)
-                or e.checkpointing.schedule.due(candidate)
-            ):
-                return candidate
-        return self.total
 
     def _read(self, pack: Pack) -> list[dict[str, float]]:
         metrics = pack.read_metrics()  # waits for the device: the clock is read after it
@@ -170,35 +140,16 @@ class PackTrainer:
         self, step: int, metrics: list[dict[str, float]], evaluated: bool, reports: dict[str, dict[str, Any]]
     ) -> None:
         for run, mine in zip(self.runs, metrics, strict=True):
-            finite = {name: value for name, value in mine.items() if math.isfinite(value)}
-            run.folder.append_metrics(step, finite)
-            if evaluated:
-                run.history.append((step, {k: v for k, v in finite.items() if k.startswith("eval/")}))
+            finite = run.record(step, mine, evaluated)
             report = reports.setdefault(run.folder.run_id, {"run_id": run.folder.run_id})
             report.update(finite, step=step, state="running")
 
-    def _ending(self, run: Run, step: int, metrics: dict[str, float]) -> tuple[str, str | None]:
-        """The state this run is in after `step`, and why."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            return (
-                "diverged",
-                f"{bad[0]} is not finite at {self.unit} {step}; lower optimizer.lr or set optimizer.clip_norm",
-            )
-        if step == self.total:
-            return "finished", None
-        if run.history and run.history[-1][0] == step:
-            for rule in run.experiment.evaluation.stop:
-                if reason := rule.reason(run.history):
-                    return "stopped", reason
-        return "running", None
-
     # ---- checkpoints and endings ----
 
-    def _save_due(self, step: int, endings: Sequence[tuple[str, str | None]]) -> None:
+    def _save_due(self, step: int, endings: Sequence[Ending]) -> None:
         """Scheduled, at the end of a run, and by the clock; a diverged run keeps its last good one."""
-        scheduled = step > 0 and self.runs[0].experiment.checkpointing.schedule.due(step)
-        by_clock = time.monotonic() - self._last_checkpoint >= self.checkpoint_seconds
+        scheduled = self.runs[0].experiment.saves(step)
+        by_clock = time.monotonic() - self._last_checkpoint >= self.runs[0].experiment.checkpointing.every_s
         for row, (state, _) in enumerate(endings):
             if state != "diverged" and (scheduled or by_clock or state != "running"):
                 self._save(row)
@@ -218,6 +169,7 @@ class PackTrainer:
             pack.members[row].dataset.vocabulary,
             pack.member_state(row),
         )
+        checkpoint.thin_out(run)
         run.saved_step = pack.step_count
 
     def _end(self, run: Run, state: str, reason: str | None, step: int) -> None:

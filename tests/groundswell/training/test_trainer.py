@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from groundswell import NeverReached, Reached
+from groundswell import Every, NeverReached, Reached
 from groundswell.training import checkpoint
 from groundswell.training.trainer import PackTrainer
 from tasks.modular_arithmetic import ModularArithmetic
@@ -208,13 +208,26 @@ def test_save_all_then_resume_from_between_schedules(tiny, make_run):
 
 
 def test_clock_checkpoints(tiny, make_run):
-    folder = make_run(tiny)
-    trainer = PackTrainer([folder], checkpoint_seconds=0.0)
+    folder = make_run(tiny.with_overrides({"checkpointing.every_s": 1e-9}))
+    trainer = PackTrainer([folder])
     while not trainer.finished:
         trainer.advance()
     assert folder.checkpoint_steps()[-1] == 60
     state = json.loads((folder.checkpoint_folder(60) / "state.json").read_text())
     assert state["step"] == 60
+
+
+def test_keep_last_with_milestones_and_the_best(tiny, make_run):
+    fields = {"checkpointing.schedule": Every(every=10), "checkpointing.keep": "last", "checkpointing.milestones": [25]}
+    folder = make_run(tiny.with_overrides(fields | {"evaluation.schedule": Every(every=10)}), "worst")
+    train(folder)
+    assert folder.checkpoint_steps() == [25, 50, 60]
+    losses = {line["step"]: line["metrics"].get("eval/train/answer_loss") for line in folder.journal()}
+    worst = max((step for step in losses if step % 10 == 0 and step), key=lambda step: losses[step] or 0.0)
+    best = {"checkpointing.best_metric": "eval/train/answer_loss", "checkpointing.best_mode": "max"}
+    folder = make_run(tiny.with_overrides(fields | best | {"evaluation.schedule": Every(every=10)}), "best")
+    train(folder)
+    assert folder.checkpoint_steps() == sorted({25, 50, 60, worst})
 
 
 def test_keep_last(tiny, make_run):

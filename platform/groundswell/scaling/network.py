@@ -1,0 +1,134 @@
+"""A run's network as a torch module that strategies can wrap: from the meta device to real, filled tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from groundswell.config import ConfigError
+from groundswell.experiment import Experiment
+from groundswell.protocols import Answer, ParameterSpec, Split, WeightReader
+from groundswell.training.flat import initial_tensor
+from groundswell.training.pack import parameter_specs
+from groundswell.training.sampler import generator
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+
+
+class WrappedModel:
+    """What an objective sees in place of the model: one run whose parameters are the network's own."""
+
+    def __init__(self, network: nn.Module, model_name: str) -> None:
+        self._network = network
+        self._model_name = model_name
+
+    def answer_logits(
+        self, parameters: Any, tokens: Tensor, positions: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """As Model.answer_logits, with K = 1; `parameters` is not looked at."""
+        return self._network(tokens[0], positions[0], generators[0] if generators else None)[None]
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigError(
+            f"objective: needs {self._model_name}.{name}, which is not there when a run is spread over workers; "
+            "use scaling.strategy=single"
+        )
+
+
+class TrainingStep(nn.Module):
+    """Network and objective in one module, so that a wrapper sees one forward pass a loss, whatever the objective does."""
+
+    def __init__(self, network: nn.Module, experiment: Experiment, answer: Answer) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = experiment.objective
+        self.answer = answer
+        self._model: Any = WrappedModel(network, type(experiment.model).__name__)
+
+    def forward(
+        self, batch: Split, source: torch.Generator | None = None, evaluate: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training: loss [] and metrics []. Evaluation: nothing, and metrics of each example [B].
+
+        `batch` has the trial axis of one run ([1, B, ...]); `source` switches the stochastic parts on.
+        """
+        if evaluate:
+            metrics = self.objective.evaluate(self._model, {}, batch, self.answer)
+            return torch.zeros(()), {name: value[0] for name, value in metrics.items()}
+        generators = None if source is None else [source]
+        loss, metrics = self.objective.loss(self._model, {}, batch, self.answer, generators)
+        return loss[0], {name: value[0] for name, value in metrics.items()}
+
+
+def build_network(experiment: Experiment) -> tuple[Any, list[ParameterSpec]]:
+    """The network on the meta device, frozen tensors marked, and its specs. Raises ConfigError where there is none."""
+    e = experiment
+    specs = parameter_specs(e)
+    network: Any = e.model.network(e.task.vocab_size, e.task.max_length)
+    parameters = dict(network.named_parameters())
+    if list(parameters) != [s.name for s in specs] and set(parameters) != {s.name for s in specs}:
+        raise RuntimeError(f"{type(e.model).__name__}: network() and parameters() name different tensors")
+    for spec in specs:
+        parameters[spec.name].requires_grad_(spec.trained)
+    if e.scaling.activation_checkpointing:
+        if getattr(e.model, "dropout", 0.0) > 0:
+            raise ConfigError("scaling.activation_checkpointing: the second pass would drop others; set model.dropout=0")
+        for block in network.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return network, specs
+
+
+def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Uninitialised memory for every tensor on the meta device (tied ones stay tied), and buffers to the device."""
+    made: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=device, dtype=dtype)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            owner._parameters[name] = made[id(parameter)]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = buffer.to(device)
+
+
+def fill(network: nn.Module, specs: Sequence[ParameterSpec], experiment: Experiment) -> None:
+    """Initial values, equal to those of a run in a pack. Holds one whole tensor at a time, and of a folder's tensors
+    only the rows that this worker keeps."""
+    e = experiment
+    reader = e.model.initial_weights(e.task.vocab_size, e.task.max_length)
+    source = generator(e.seed, "init")
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for spec in specs:
+            fill_tensor(parameters[spec.name], spec, source, reader)
+
+
+def fill_tensor(
+    parameter: Tensor, spec: ParameterSpec, source: torch.Generator, reader: WeightReader | None
+) -> None:
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(initial_tensor(spec, source, reader))
+        return
+    local, rows = parameter.to_local(), local_rows(parameter)
+    if reader is not None:
+        values = reader.read(spec.name, rows)
+    else:
+        values = initial_tensor(spec, source)[rows]
+    local.copy_(values)
+
+
+def local_rows(parameter: DTensor) -> slice:
+    """The rows of dimension 0 that this worker keeps of a tensor that FSDP2 has sharded (as torch.chunk cuts it)."""
+    mesh = parameter.device_mesh
+    size, each = parameter.shape[0], -(-parameter.shape[0] // mesh.size())
+    start = min(size, mesh.get_local_rank() * each)
+    return slice(start, min(size, start + each))

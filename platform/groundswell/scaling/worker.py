@@ -1,0 +1,273 @@
+"""One run on several workers: the same moments, readings and checkpoints as in a pack, decided by the first worker.
+
+Every worker draws the whole batch and computes its part, so results do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from groundswell.config import ConfigError
+from groundswell.protocols import Split
+from groundswell.rundir import RunFolder, State
+from groundswell.scaling.control import Control, Leaving, Wish
+from groundswell.scaling.engines import Piece, engine_class
+from groundswell.training import checkpoint
+from groundswell.training.pack import build_dataset, resolve_device
+from groundswell.training.run import Ending, Run
+from groundswell.training.sampler import DataOrder, generator, stream_seed
+
+RUN_STATE = "run_state.safetensors"
+
+
+class Reporter(Protocol):
+    """How training states leave the worker."""
+
+    def __call__(self, step: int, folder: Path | None) -> None:
+        """`folder`: this worker's part of the state of `step`, to be copied away before this returns."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker is."""
+
+    rank: int
+    world_size: int
+    scratch: Path  # a folder on this machine for states on their way
+
+
+class WorkerTrainer:
+    """Trains one run together with the other workers, from the newest training state to the end of the run."""
+
+    def __init__(self, folder: RunFolder, place: Place, report: Reporter, control: Control) -> None:
+        self.experiment = e = folder.experiment()
+        self.run, self.place, self.report, self.control = Run(folder, e), place, report, control
+        self.leads = place.rank == 0
+        torch.set_num_threads(e.scaling.num_threads)
+        self.device = resolve_device(e.scaling)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = e.scaling.precision in ("tf32", "bf16")
+        self.dataset = build_dataset(e)
+        self.order = DataOrder(len(self.dataset.train), generator(e.seed, "order"))
+        self.data = self.dataset.train.to(self.device)
+        self.dropout = torch.Generator(self.device) if getattr(e.model, "dropout", 0.0) > 0 else None
+        self._count_batches()
+        answer = self.dataset.answer.to(self.device)
+        self.engine = engine_class(e.scaling.strategy)(e, answer, self.device, self.num_micro_batches)
+        self.step, self._saved_step = 0, -1
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    def _count_batches(self) -> None:
+        e, workers = self.experiment, self.place.world_size
+        batch = e.budget.batch_size
+        if batch < workers:
+            raise ConfigError(
+                f"budget.batch_size {batch} is less than scaling.num_workers {workers}; each worker needs an example"
+            )
+        self.step_size = len(self.dataset.train) if e.budget.epochs else batch  # examples in a step of the run
+        self.updates_per_step = -(-self.step_size // batch)
+        each = -(-batch // workers)
+        self.micro_batch = min(each, e.scaling.micro_batch or each)
+        self.num_micro_batches = -(-each // self.micro_batch)
+
+    # ---- resume ----
+
+    def resume(self, state: Path | None) -> None:
+        """Go on from a training state, else from the beginning."""
+        if state is not None:
+            self.engine.load(state)
+            values = load_file(state / RUN_STATE)
+            self.step = self._saved_step = int(values["step"])
+            self._summed = int(values["summed"])
+            self.order.load_state(values["order_generator"], int(values["order_position"]))
+            sums = {name[4:]: value for name, value in values.items() if name.startswith("sum/")}
+            self._sums = {name: (value if self.leads else value * 0).to(self.device) for name, value in sums.items()}
+        if self.leads:
+            self.run.rewind(self.step if state is not None else -1)
+            started = self.run.folder.status().started_ms or _now_ms()
+            self.run.folder.update_status(state="running", step=self.step, started_ms=started)
+        self._fresh = state is None
+        self._last_checkpoint = self._last_reading = time.monotonic()
+        self._last_step = self.step
+
+    # ---- the loop ----
+
+    def train(self) -> None:
+        """Until the run is over, or is to pause. Raises Leaving once the state is saved that others go on from."""
+        if self._fresh:
+            self._event(0)  # evaluation of the untrained model
+        state = "running"
+        while state == "running" and self.control.wish == Wish.GO_ON:
+            event = self.run.next_event(self.step)
+            while self.step < event and self.control.wish == Wish.GO_ON:
+                self._advance()
+            if self.step == event:
+                state = self._event(event)
+        self.control.finish()
+        if state == "running":
+            self._attend()
+
+    def _attend(self) -> None:
+        """Do what is wished between two events."""
+        self._save_state()
+        if self.control.wish == Wish.PRUNE:
+            self._export()
+            self._end("pruned", self.run.folder.prune_request() if self.leads else None)
+        if self.control.wish == Wish.LEAVE:
+            raise Leaving(f"state of {self.experiment.budget.unit} {self.step} saved before a worker goes")
+
+    def _advance(self) -> None:
+        """One step of the run: an update, or an epoch."""
+        for number, rows in enumerate(self._batches()):
+            update = self.step * self.updates_per_step + number
+            factor = self.experiment.optimizer.lr_factor(
+                update, self.experiment.budget.total * self.updates_per_step
+            )
+            if self.dropout is not None:  # each update and worker has its own stream, so there is no state to keep
+                seed = stream_seed(self.experiment.seed, f"dropout/{update}/{self.place.rank}")
+                self.dropout.manual_seed(seed)
+            metrics = self.engine.update(self._pieces(rows), factor, self.dropout)
+            for name, value in metrics.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._summed += 1
+        self.step += 1
+        self.control.exchange()
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Data rows [B] of each update of one step."""
+        yield from self.order.take(self.step_size).to(self.device).split(self.experiment.budget.batch_size)
+
+    def _pieces(self, rows: Tensor) -> list[Piece]:
+        """This worker's micro-batches of data rows [B]. All workers have equally many: those beyond the worker's rows
+        hold one row that counts nothing."""
+        objective = self.experiment.objective
+        whole = objective.weight(self._examples(rows)).clamp(min=1)
+        mine = rows.tensor_split(self.place.world_size)[self.place.rank]
+        chunks = [chunk for chunk in mine.split(self.micro_batch) if len(chunk)]
+        pieces = [(self._examples(chunk), None) for chunk in chunks]
+        weighted: list[Piece] = [(batch, (objective.weight(batch) / whole)[0]) for batch, _ in pieces]
+        filler = (self._examples(rows[:1]), torch.zeros((), device=self.device))
+        return weighted + [filler] * (self.num_micro_batches - len(weighted))
+
+    def _examples(self, rows: Tensor) -> Split:
+        """[1, B, ...]."""
+        d = self.data
+        return Split(*(x.index_select(0, rows)[None] for x in (d.tokens, d.positions, d.targets)))
+
+    # ---- events ----
+
+    def _event(self, step: int) -> State:
+        """What is due at `step`: a reading, an evaluation, a checkpoint, the end. Returns the run's state."""
+        e = self.experiment
+        metrics = self._read()
+        evaluates = self.run.evaluates(step)
+        if evaluates:
+            metrics |= self._evaluate()
+        decision: tuple[Ending, bool] | None = None
+        if self.leads:
+            self.run.record(step, metrics, evaluates)
+            by_clock = time.monotonic() - self._last_checkpoint >= e.checkpointing.every_s
+            decision = self.run.ending(step, metrics), by_clock
+        (state, reason), by_clock = self.control.broadcast(decision)
+        if state != "diverged" and (e.saves(step) or by_clock or state != "running"):
+            if e.saves(step) or state != "running":
+                self._export()
+            self._save_state()
+        if state != "running":
+            self._end(state, reason)
+        return state
+
+    def _end(self, state: State, reason: str | None) -> None:
+        if self.leads:
+            self.run.folder.sync_journal()
+            self.run.folder.update_status(state=state, step=self.step, reason=reason, ended_ms=_now_ms())
+
+    def _read(self) -> dict[str, float]:
+        """Means over the updates since the last reading."""
+        metrics: dict[str, float] = {}
+        if self._summed:
+            names = sorted(self._sums)
+            sums = torch.stack([self._sums[name].double() for name in names])
+            dist.all_reduce(sums)
+            metrics = {f"train/{n}": v for n, v in zip(names, (sums / self._summed).tolist(), strict=True)}
+            metrics["train/grad_norm"] = self.engine.grad_norm()
+        metrics["train/weight_norm"] = self.engine.weight_norm()
+        self._sums, self._summed = {}, 0
+        now = time.monotonic()
+        if self.step > self._last_step:
+            rate = (self.step - self._last_step) / max(now - self._last_reading, 1e-9)
+            metrics[f"perf/{self.experiment.budget.unit}s_per_s"] = rate
+        self._last_reading, self._last_step = now, self.step
+        return metrics
+
+    def _evaluate(self) -> dict[str, float]:
+        """Means over the first examples of each split, each worker its part of every batch."""
+        e = self.experiment.evaluation
+        result: dict[str, float] = {}
+        for name, split in self.dataset.evaluation.items():
+            count = min(len(split), e.max_examples)
+            sums: dict[str, Tensor] = {}
+            for start in range(0, count, e.batch_size):
+                rows = torch.arange(start, min(start + e.batch_size, count))
+                mine = rows.tensor_split(self.place.world_size)[self.place.rank]
+                chosen = split.select(mine if len(mine) else rows[:1]).to(self.device)
+                batch = Split(chosen.tokens[None], chosen.positions[None], chosen.targets[None])
+                for metric, values in self.engine.evaluate(batch).items():
+                    total = values.double().sum() * bool(len(mine))
+                    sums[metric] = sums[metric] + total if metric in sums else total
+            if sums:
+                stacked = torch.stack([sums[metric] for metric in sums])
+                dist.all_reduce(stacked)
+                result |= {f"eval/{name}/{m}": v / count for m, v in zip(sums, stacked.tolist(), strict=True)}
+        return result
+
+    # ---- states ----
+
+    def _export(self) -> None:
+        """The weights as a folder that others can load."""
+        weights = self.engine.full_weights()
+        if weights is not None:
+            self.run.folder.sync_journal()
+            folder = self.run.folder.checkpoints
+            checkpoint.save(folder, self.step, self.experiment, weights, self.dataset.vocabulary, {})
+            checkpoint.thin_out(self.run)
+            self.run.saved_step = self.step
+        self.control.barrier()
+
+    def _save_state(self) -> None:
+        """What is needed to go on bit for bit, each worker its part."""
+        if self._saved_step == self.step:
+            return
+        self._saved_step = self.step
+        if self.leads:
+            self.run.folder.sync_journal()  # the journal must reach at least as far as the state
+        folder = self.place.scratch / f"{checkpoint.folder_name(self.step)}-{self.place.rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.engine.save(folder)
+        sums = {f"sum/{name}": value.double() for name, value in self._sums.items()}
+        if sums:
+            stacked = torch.stack(list(sums.values()))
+            dist.all_reduce(stacked)
+            sums = dict(zip(sums, stacked.cpu(), strict=True))
+        if self.leads:
+            before, position = self.order.state()
+            numbers = {"step": self.step, "summed": self._summed, "order_position": position}
+            tensors = {name: torch.tensor(value) for name, value in numbers.items()}
+            save_file({"order_generator": before, **tensors, **sums}, folder / RUN_STATE)
+        self.report(self.step, folder)
+        self._last_checkpoint = time.monotonic()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
