@@ -201,7 +201,7 @@ class WorkerTrainer:
             sums = torch.stack([self._sums[name].double() for name in names])
             dist.all_reduce(sums)
             metrics = {f"train/{n}": v for n, v in zip(names, (sums / self._summed).tolist(), strict=True)}
-            metrics["train/grad_norm"] = self.engine.grad_norm()
+        metrics["train/grad_norm"] = self.engine.grad_norm() if self._summed else 0.0
         metrics["train/weight_norm"] = self.engine.weight_norm()
         self._sums, self._summed = {}, 0
         now = time.monotonic()
