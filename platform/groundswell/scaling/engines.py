@@ -29,6 +29,8 @@ Piece = tuple[Split, Tensor]  # a micro-batch of this worker, and its share of t
 class Engine(ABC):
     """One worker's part of a run. Every worker calls the same methods in the same order."""
 
+    elastic = True  # can another number of workers read the state?
+
     def __init__(self, experiment: Experiment, answer: Answer, device: torch.device, num_micro_batches: int) -> None:
         """`num_micro_batches` of each worker in every update."""
         self.experiment, self.device, self.num_micro_batches = experiment, device, num_micro_batches

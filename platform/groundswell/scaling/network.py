@@ -78,23 +78,35 @@ def build_network(experiment: Experiment) -> tuple[Any, list[ParameterSpec]]:
         parameters[spec.name].requires_grad_(spec.trained)
     if e.scaling.activation_checkpointing:
         if getattr(e.model, "dropout", 0.0) > 0:
-            raise ConfigError("scaling.activation_checkpointing: the second pass would drop others; set model.dropout=0")
+            raise ConfigError(
+                "scaling.activation_checkpointing: the second pass would drop others; set model.dropout=0"
+            )
         for block in network.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return network, specs
 
 
-def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Uninitialised memory for every tensor on the meta device (tied ones stay tied), and buffers to the device."""
-    made: dict[int, nn.Parameter] = {}
+def owners_of(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of each parameter -> the modules that hold it, and under which name: several for a tied one."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is None or not parameter.is_meta:
-                continue
-            if id(parameter) not in made:
-                empty = torch.empty_like(parameter, device=device, dtype=dtype)
-                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            owner._parameters[name] = made[id(parameter)]
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((owner, name))
+    return owners
+
+
+def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Uninitialised memory for every tensor on the meta device (tied ones stay tied), and buffers to the device."""
+    parameters = {id(parameter): parameter for parameter in module.parameters()}
+    for key, owners in owners_of(module).items():
+        parameter = parameters[key]
+        if parameter.is_meta:
+            empty = torch.empty_like(parameter, device=device, dtype=dtype)
+            real = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            for owner, name in owners:
+                owner._parameters[name] = real
+    for owner in module.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[name] = buffer.to(device)
@@ -112,9 +124,7 @@ def fill(network: nn.Module, specs: Sequence[ParameterSpec], experiment: Experim
             fill_tensor(parameters[spec.name], spec, source, reader)
 
 
-def fill_tensor(
-    parameter: Tensor, spec: ParameterSpec, source: torch.Generator, reader: WeightReader | None
-) -> None:
+def fill_tensor(parameter: Tensor, spec: ParameterSpec, source: torch.Generator, reader: WeightReader | None) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(initial_tensor(spec, source, reader))
         return

@@ -86,8 +86,9 @@ class WorkerTrainer:
     def resume(self, state: Path | None) -> None:
         """Go on from a training state, else from the beginning."""
         if state is not None:
-            self.engine.load(state)
             values = load_file(state / RUN_STATE)
+            self._check_workers(int(values["world_size"]))
+            self.engine.load(state)
             self.step = self._saved_step = int(values["step"])
             self._summed = int(values["summed"])
             self.order.load_state(values["order_generator"], int(values["order_position"]))
@@ -100,6 +101,14 @@ class WorkerTrainer:
         self._fresh = state is None
         self._last_checkpoint = self._last_reading = time.monotonic()
         self._last_step = self.step
+
+    def _check_workers(self, saved: int) -> None:
+        if saved != self.place.world_size and not self.engine.elastic:
+            raise ConfigError(
+                f"scaling.num_workers {self.place.world_size}: DeepSpeed's state of this run was saved by {saved} workers "
+                f"and can be read by {saved} only; go on with {saved}, or convert it first: groundswell convert "
+                f"{self.run.folder.path}"
+            )
 
     # ---- the loop ----
 
@@ -131,9 +140,7 @@ class WorkerTrainer:
         """One step of the run: an update, or an epoch."""
         for number, rows in enumerate(self._batches()):
             update = self.step * self.updates_per_step + number
-            factor = self.experiment.optimizer.lr_factor(
-                update, self.experiment.budget.total * self.updates_per_step
-            )
+            factor = self.experiment.optimizer.lr_factor(update, self.experiment.budget.total * self.updates_per_step)
             if self.dropout is not None:  # each update and worker has its own stream, so there is no state to keep
                 seed = stream_seed(self.experiment.seed, f"dropout/{update}/{self.place.rank}")
                 self.dropout.manual_seed(seed)
@@ -262,7 +269,12 @@ class WorkerTrainer:
             sums = dict(zip(sums, stacked.cpu(), strict=True))
         if self.leads:
             before, position = self.order.state()
-            numbers = {"step": self.step, "summed": self._summed, "order_position": position}
+            numbers = {
+                "step": self.step,
+                "summed": self._summed,
+                "order_position": position,
+                "world_size": self.place.world_size,
+            }
             tensors = {name: torch.tensor(value) for name, value in numbers.items()}
             save_file({"order_generator": before, **tensors, **sums}, folder / RUN_STATE)
         self.report(self.step, folder)

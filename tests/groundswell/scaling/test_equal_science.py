@@ -18,6 +18,15 @@ STRATEGIES = {
         "scaling.micro_batch": 5,
         "scaling.activation_checkpointing": True,
     },
+    "zero_1": {"scaling.strategy": "deepspeed", "scaling.zero_stage": 1},
+    "zero_2_accumulated": {"scaling.strategy": "deepspeed", "scaling.zero_stage": 2, "scaling.micro_batch": 5},
+    "zero_3": {"scaling.strategy": "deepspeed", "scaling.zero_stage": 3},
+    "zero_3_accumulated_recomputed": {
+        "scaling.strategy": "deepspeed",
+        "scaling.zero_stage": 3,
+        "scaling.micro_batch": 5,
+        "scaling.activation_checkpointing": True,
+    },
 }
 
 

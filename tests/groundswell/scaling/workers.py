@@ -1,6 +1,7 @@
 """Workers of a run as bare processes of torch, without Ray: what Ray Train adds is tested elsewhere."""
 
 import datetime
+import os
 import shutil
 import tempfile
 import traceback
@@ -22,6 +23,7 @@ def states(folder: RunFolder) -> list[Path]:
 
 def _work(rank: int, world_size: int, port: int, path: str, stop_after: int | None, failures) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
