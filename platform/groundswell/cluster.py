@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import socket
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,17 @@ from typing import Any
 from groundswell.config import ConfigError
 
 CONNECT_SECONDS = 30.0
+TOKEN_ADVICE = (
+    "put the cluster's token (`ray get-auth-token` on its head) into ~/.ray/auth_token, "
+    "or name its file in RAY_AUTH_TOKEN_PATH"
+)
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray tells the driver of a submitted job what it was submitted with
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",  # nobody reads them, and the exporter's thread can bring a worker down
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of no use on one machine
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a worker that saves a state waits for the next of these moments
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
@@ -49,9 +58,40 @@ def local_resources() -> Resources:
 
 
 def python_path() -> str:
-    """Where workers find groundswell, models and tasks, wherever the driver found them."""
+    """Where workers find groundswell, models and tasks, wherever the driver found them.
+
+    Each node unpacks a submitted project in a place of its own, in which its workers start: there the paths are
+    relative ones.
+    """
     package = Path(__file__).resolve().parents[1]
-    return os.pathsep.join([str(package), str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    places = [package, package.parent]
+    if JOB_CONFIG in os.environ and package.is_relative_to(Path.cwd().resolve()):
+        places = [place.relative_to(Path.cwd().resolve()) for place in places]
+    return os.pathsep.join([*map(str, places), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def job_variables() -> dict[str, str]:
+    """The environment that a submitted job was given; empty when this process is not the driver of one."""
+    return json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env", {}).get("env_vars", {})
+
+
+def worker_variables() -> dict[str, str]:
+    """The environment of workers, except for what they have from their job: Ray refuses to be told twice."""
+    variables = {
+        "PYTHONPATH": python_path(),
+        "OMP_NUM_THREADS": "1",
+        **{k: os.environ.get(k, v) for k, v in QUIET.items()},
+    }
+    return {name: value for name, value in variables.items() if name not in job_variables()}
+
+
+def prepare_environment(joining: bool) -> None:
+    """What Ray reads when it is imported. A token that this user has is used for a cluster that is there already."""
+    if joining:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    if joining and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @contextlib.contextmanager
@@ -60,13 +100,11 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Resour
 
     Raises ConfigError when nothing answers at the address within 30 seconds.
     """
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    if address is not None and _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
+    prepare_environment(joining=address is not None)
     import ray
 
-    variables = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **{k: os.environ[k] for k in QUIET}}
-    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "runtime_env": {"env_vars": variables}}
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    options["runtime_env"] = {"env_vars": worker_variables()}
     if address is None:
         ray.init(
             address="local",  # never someone else's cluster by accident; Ray gives it a token, as it listens everywhere
@@ -106,28 +144,54 @@ def _has_token() -> bool:
 def _join(address: str, options: dict[str, Any]) -> None:
     import ray
 
-    advice = (
-        f"no Ray cluster answers at {address}: check the address (--address or RAY_ADDRESS) "
-        "and that `ray start --head` runs there"
-    )
+    end = time.monotonic() + CONNECT_SECONDS
+    nobody = f"no Ray cluster answers at {address}: check the address (--address or RAY_ADDRESS)"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address != "auto":
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS / 3).close()
         except (OSError, ValueError):
-            raise ConfigError(advice) from None
-    failure: list[BaseException] = []
+            raise ConfigError(f"{nobody} and that `ray start --head` runs there") from None
+    with _native_messages() as messages:
+        try:
+            # ray.init retries a dead address for more than ten minutes.
+            within(end - time.monotonic(), lambda: ray.init(address=address, **options))
+        except Exception as error:
+            if b"InvalidAuthToken" in messages():
+                raise ConfigError(f"the Ray cluster at {address} refuses this user: {TOKEN_ADVICE}") from None
+            raise ConfigError(" ".join(f"{nobody} and what runs there ({error})".split())) from None
+
+
+@contextlib.contextmanager
+def _native_messages() -> Iterator[Callable[[], bytes]]:
+    """Gives what is written to stderr past Python: Ray's C++ part repeats each second why it cannot connect, and the
+    exception does not know."""
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), 2**20, 0)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What the function returns or raises; TimeoutError when it takes longer, and then it is left to itself."""
+    results: list[Any] = []
+    failures: list[BaseException] = []
 
     def target() -> None:
         try:
-            ray.init(address=address, **options)
+            results.append(function())
         except BaseException as error:
-            failure.append(error)
+            failures.append(error)
 
-    # ray.init retries a dead address for more than ten minutes.
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    thread.join(CONNECT_SECONDS)
-    if thread.is_alive() or failure:
-        detail = f" ({failure[0]})" if failure else ""
-        raise ConfigError(" ".join(f"{advice}{detail}".split()))
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return results[0]

@@ -29,6 +29,7 @@ from groundswell.progress import Progress
 from groundswell.report import finish_report
 from groundswell.results import load_results
 from groundswell.rundir import RunFolder, SweepFolder
+from groundswell.scaling.capacity import FOLLOWER, Demand, cluster_nodes, concurrent_runs
 from groundswell.sweep import PlannedRun, Sweep, cost, make_packs, unique_runs
 from groundswell.tracking import Tracker
 
@@ -201,17 +202,19 @@ class Driver:
         on_gpu = resources.num_gpus > 0 and scaling.device != "cpu"
         if scaling.device == "cuda" and not on_gpu:
             raise ConfigError("scaling.device: the cluster has no GPU; use cpu or auto")
-        self.workers = resources.workers(scaling.num_threads, on_gpu)
+        self.on_gpu = on_gpu
+        runs = list(self.planned.values()) or self._one_setting()
+        demands = {Demand.of(run.experiment.scaling, on_gpu) for run in runs}
+        self.workers = concurrent_runs(cluster_nodes(), demands)
         self.source = self._make_source(on_gpu)
         inner = make_scheduler(self.options.scheduler, self.sweep.metric, self.sweep.mode, self.sweep.base.budget.total)
         scheduler = MemberScheduler(inner, self.folder) if inner else None
         if scheduler:
             scheduler.recall(self.folder.runs())
-        per_trial: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": scaling.num_threads}
         tune_folder = self.folder.path / ".tune"
         shutil.rmtree(tune_folder, ignore_errors=True)
         tuner = tune.Tuner(
-            tune.with_resources(PackTrainable, per_trial),
+            tune.with_resources(PackTrainable, lambda config: tune.PlacementGroupFactory([config["reserves"]])),
             tune_config=tune.TuneConfig(
                 search_alg=PackSearcher(self.source, self._prepare),
                 scheduler=scheduler,
@@ -275,10 +278,12 @@ class Driver:
                 self.progress.begin(run.run_id, run.name, folder.checkpoint_step(), e.budget.total, cost([run]))
         if not waiting:
             return None
+        scaling = waiting[0].experiment.scaling
         return {
             "sweep": str(self.folder.path.resolve()),
             "runs": [run.run_id for run in waiting],
             "every_evaluation": self.options.scheduler != "none",
+            "reserves": FOLLOWER if scaling.distributed else Demand.of(scaling, self.on_gpu).per_worker,
         }
 
     # ---- what the callback tells ----

@@ -197,6 +197,8 @@ def pack_size(
     experiment: Experiment, num_runs: int, num_workers: int, on_gpu: bool, pack: int | Literal["auto"]
 ) -> int:
     """Runs in one pack: a number as it is; "auto" by the measured rule, never so many that a worker idles."""
+    if experiment.scaling.distributed:
+        return 1
     if pack != "auto":
         return pack
     task = experiment.task

@@ -1,16 +1,23 @@
-"""The Ray actor that hosts a pack. One process trains pack after pack; what it must not lose is in run folders."""
+"""The Ray actor that hosts a pack, or follows the workers of a run that is spread over several processes.
+
+One process trains pack after pack; what it must not lose is in run folders.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from ray import tune
 
 from groundswell.rundir import SweepFolder
+
+if TYPE_CHECKING:
+    from groundswell.scaling.session import TrainSession
+    from groundswell.training.trainer import PackTrainer
 
 log = logging.getLogger(__name__)
 REPORT_SECONDS = 2.0  # progress at most this often, when nobody waits for each evaluation
@@ -18,24 +25,36 @@ LOCK_SECONDS = 60.0  # a dying predecessor may hold its runs for a moment
 
 
 class PackTrainable(tune.Trainable):
-    """config: "sweep" (folder), "runs" (run ids of one pack), "every_evaluation" (bool, for schedulers)."""
+    """config: "sweep" (folder), "runs" (run ids of one pack), "every_evaluation" (bool, for schedulers), "reserves" (Ray's
+    resources of this process)."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        from groundswell.training.trainer import PackTrainer  # torch, only where it computes
-
         self.sweep = SweepFolder(Path(config["sweep"]))
-        _log_to_file(self.sweep.path / "log" / "workers.log")
+        self.log_file = self.sweep.path / "log" / "workers.log"
+        log_to_file(self.log_file)
         self.folders = [self.sweep.run(run_id) for run_id in config["runs"]]
         self.every_evaluation = bool(config["every_evaluation"])
         self.trainer: PackTrainer | None = None
+        self.session: TrainSession | None = None
         self.failure: list[dict[str, Any]] = []
         self.locks = contextlib.ExitStack()
         try:
             for folder in self.folders:
                 self.locks.enter_context(FileLock(folder.path / "training.lock", timeout=LOCK_SECONDS))
-            self.trainer = PackTrainer(self.folders)
+            self._start()
         except Exception as error:  # a run's own failure is recorded; the sweep goes on
             self._record_failure(error)
+
+    def _start(self) -> None:
+        if self.folders[0].experiment().scaling.distributed:
+            from groundswell.scaling.session import TrainSession
+
+            (folder,) = self.folders
+            self.session = None if folder.status().is_final else TrainSession(folder, self.log_file)
+        else:
+            from groundswell.training.trainer import PackTrainer  # torch, only where it computes
+
+            self.trainer = PackTrainer(self.folders)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._leave()
@@ -51,7 +70,10 @@ class PackTrainable(tune.Trainable):
             except Exception as error:
                 self._record_failure(error)
                 members = self.failure
-        return {"members": members, "done": self.trainer is None or self.trainer.finished}
+        elif self.session is not None:
+            members = self.session.advance(REPORT_SECONDS, self.every_evaluation)
+        trains = self.trainer or self.session
+        return {"members": members, "done": trains is None or trains.finished}
 
     def _prune_requested(self) -> None:
         assert self.trainer is not None
@@ -61,7 +83,7 @@ class PackTrainable(tune.Trainable):
 
     def _record_failure(self, error: Exception) -> None:
         """Every unfinished run of the pack is marked failed, with the traceback beside it."""
-        self.trainer = None
+        self.trainer = self.session = None
         log.exception("pack failed")
         self.failure += [folder.fail(error) for folder in self.folders if not folder.status().is_final]
 
@@ -69,6 +91,9 @@ class PackTrainable(tune.Trainable):
         if self.trainer is not None:
             self.trainer.save_all()
             self.trainer = None
+        if self.session is not None:
+            self.session.stop()
+            self.session = None
         self.locks.close()
 
     def cleanup(self) -> None:
@@ -81,7 +106,7 @@ class PackTrainable(tune.Trainable):
         """Runs resume from their own folders in `setup`."""
 
 
-def _log_to_file(path: Path) -> None:
+def log_to_file(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger("groundswell")
     if not any(isinstance(handler, logging.FileHandler) for handler in root.handlers):

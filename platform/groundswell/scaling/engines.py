@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from groundswell.config import ConfigError
 from groundswell.experiment import Experiment
-from groundswell.protocols import Answer, ParameterSpec, Split
+from groundswell.protocols import Answer, Split
 from groundswell.scaling.network import DTYPES, TrainingStep, build_network, fill, materialise
 
 Piece = tuple[Split, Tensor]  # a micro-batch of this worker, and its share of the whole batch's loss

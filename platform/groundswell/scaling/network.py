@@ -42,7 +42,7 @@ class WrappedModel:
 
 
 class TrainingStep(nn.Module):
-    """Network and objective in one module, so that a wrapper sees one forward pass a loss, whatever the objective does."""
+    """Network and objective in one module: a wrapper sees one forward pass a loss, whatever the objective does."""
 
     def __init__(self, network: nn.Module, experiment: Experiment, answer: Answer) -> None:
         super().__init__()
@@ -129,11 +129,7 @@ def fill_tensor(parameter: Tensor, spec: ParameterSpec, source: torch.Generator,
         parameter.copy_(initial_tensor(spec, source, reader))
         return
     local, rows = parameter.to_local(), local_rows(parameter)
-    if reader is not None:
-        values = reader.read(spec.name, rows)
-    else:
-        values = initial_tensor(spec, source)[rows]
-    local.copy_(values)
+    local.copy_(reader.read(spec.name, rows) if reader is not None else initial_tensor(spec, source)[rows])
 
 
 def local_rows(parameter: DTensor) -> slice:

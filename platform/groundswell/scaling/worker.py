@@ -32,8 +32,8 @@ RUN_STATE = "run_state.safetensors"
 class Reporter(Protocol):
     """How training states leave the worker."""
 
-    def __call__(self, step: int, folder: Path | None) -> None:
-        """`folder`: this worker's part of the state of `step`, to be copied away before this returns."""
+    def __call__(self, step: int, part: Path, /) -> None:
+        """`part`: this worker's part of the state of `step`, to be copied away before this returns."""
         ...
 
 
@@ -105,8 +105,8 @@ class WorkerTrainer:
     def _check_workers(self, saved: int) -> None:
         if saved != self.place.world_size and not self.engine.elastic:
             raise ConfigError(
-                f"scaling.num_workers {self.place.world_size}: DeepSpeed's state of this run was saved by {saved} workers "
-                f"and can be read by {saved} only; go on with {saved}, or convert it first: groundswell convert "
+                f"scaling.num_workers {self.place.world_size}: DeepSpeed's state of this run was saved by {saved} "
+                f"workers and can be read by {saved} only; go on with {saved}, or convert it first: groundswell convert "
                 f"{self.run.folder.path}"
             )
 

@@ -52,7 +52,8 @@ def save(
         shutil.rmtree(target)
     with atomic_folder(target) as folder:
         experiment.model.save_folder(weights, folder, vocabulary)
-        save_file({name: tensor.contiguous() for name, tensor in training_state.items()}, folder / TRAINING_STATE)
+        if training_state:  # runs over several workers keep theirs elsewhere
+            save_file({name: tensor.contiguous() for name, tensor in training_state.items()}, folder / TRAINING_STATE)
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         state = {"step": step, "experiment": experiment.identity, "files": files}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
