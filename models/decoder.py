@@ -20,6 +20,7 @@ from groundswell.config import ConfigError
 from groundswell.protocols import Model, Parameters, ParameterSpec, Task
 from models import cached, huggingface
 from models.attention import SHORT, attention
+from models.decoder_network import DecoderNetwork
 from models.fused import PARTS, FusedBlock, Geometry
 from models.layers import (
     ACTIVATIONS,
@@ -283,6 +284,10 @@ class Decoder(Model):
             x = self.before_block(parameters, layer, x)
             x = self.block(parameters, layer, x, positions if layer == last else None, generators)
         return self.unembed(parameters, self.final_norm(parameters, x))
+
+    def network(self, vocab_size: int, max_length: int) -> DecoderNetwork:
+        """One run's network as a module. Its logits equal `answer_logits`."""
+        return DecoderNetwork(self, self.parameters(vocab_size, max_length))
 
     def hidden_states(self, parameters: Parameters, tokens: Tensor) -> Tensor:
         """tokens [K, B, T] -> [K, S+1, B, T, d]: entry l is the residual stream after l blocks, the last one after

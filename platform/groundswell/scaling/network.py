@@ -77,10 +77,6 @@ def build_network(experiment: Experiment) -> tuple[Any, list[ParameterSpec]]:
     for spec in specs:
         parameters[spec.name].requires_grad_(spec.trained)
     if e.scaling.activation_checkpointing:
-        if getattr(e.model, "dropout", 0.0) > 0:
-            raise ConfigError(
-                "scaling.activation_checkpointing: the second pass would drop others; set model.dropout=0"
-            )
         for block in network.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return network, specs

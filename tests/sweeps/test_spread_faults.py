@@ -1,0 +1,133 @@
+"""Runs over two workers under Ray, hurt in every way; each must end bit for bit like bare processes left in peace."""
+
+import signal
+
+import pytest
+import torch
+from conftest import MarkedProcess, assert_tracked_once
+from safetensors.torch import load_file
+
+from groundswell.rundir import RunFolder, SweepFolder
+from tests.groundswell.scaling.workers import run_workers
+
+STRATEGIES = {
+    "ddp": ["--scaling.strategy", "ddp"],
+    "fsdp": ["--scaling.strategy", "fsdp"],
+    "zero_2": ["--scaling.strategy", "deepspeed"],
+    "zero_3": ["--scaling.strategy", "deepspeed", "--scaling.zero-stage", "3"],
+}
+ONE_RUN = ["--axis", "optimizer.lr=0.01", "--axis", "seed=0", "--scaling.num-workers", "2"]
+KILLED = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero_2", "zero_3"))]
+
+
+@pytest.fixture
+def begin(start, tmp_path):
+    """strategy, further arguments -> the running sweep and the folder of its only run."""
+
+    def begin_sweep(strategy: str, *arguments: str) -> tuple[MarkedProcess, RunFolder]:
+        output = tmp_path / "results"
+        sweep = start(output, *ONE_RUN, *STRATEGIES[strategy], *arguments)
+        sweep.wait_until(lambda: list(output.glob("small-*/runs/*/run.json")))
+        (run,) = (path.parent for path in output.glob("small-*/runs/*/run.json"))
+        return sweep, RunFolder(run)
+
+    return begin_sweep
+
+
+def train_workers(sweep):
+    return [p for p in sweep.family() if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def states(run: RunFolder) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run.path / "training").glob("step-*"))
+
+
+def curves(run: RunFolder):
+    return [
+        (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")})
+        for line in run.journal()
+    ]
+
+
+def assert_as_if_undisturbed(run: RunFolder, tmp_path) -> None:
+    assert run.status().state == "finished", run.status()
+    twin = RunFolder(tmp_path / "undisturbed" / "runs" / run.run_id)
+    description = run.description()
+    experiment = run.experiment().with_overrides({"objective.pause_s": 0.0})
+    twin.write_new(experiment, description["name"], description["axes"], "pack", 0)
+    run_workers(twin, experiment.scaling.num_workers)
+    assert curves(run) == curves(twin)
+    mine, others = (load_file(folder.checkpoint_folder(120) / "model.safetensors") for folder in (run, twin))
+    assert all(torch.equal(mine[name], others[name]) for name in others)
+    assert_tracked_once(SweepFolder(run.path.parents[1]))
+
+
+@pytest.mark.parametrize("strategy", KILLED)
+def test_killed_worker(begin, tmp_path, strategy):
+    sweep, run = begin(strategy)
+    sweep.wait_until(lambda: max(states(run), default=0) >= 20)
+    victims = train_workers(sweep)
+    assert len(victims) == 2
+    victims[1].kill()
+    assert sweep.wait() == 0, sweep.text
+    assert_as_if_undisturbed(run, tmp_path)
+    sweep.assert_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "zero_2"])
+def test_killed_driver(begin, tmp_path, strategy):
+    sweep, run = begin(strategy)
+    sweep.wait_until(lambda: max(states(run), default=0) >= 20)
+    sweep.kill()
+    sweep.assert_nothing_left()
+    assert run.status().state == "running"
+    again, _ = begin(strategy)
+    assert again.wait() == 0, again.text
+    assert_as_if_undisturbed(run, tmp_path)
+
+
+@pytest.mark.slow
+def test_stuck_worker_is_replaced(begin, tmp_path):
+    """A stopped process answers nobody; the others notice after scaling.timeout_s."""
+    sweep, run = begin("ddp", "--scaling.timeout-s", "20")
+    sweep.wait_until(lambda: max(states(run), default=0) >= 20)
+    train_workers(sweep)[1].suspend()
+    assert sweep.wait() == 0, sweep.text
+    assert_as_if_undisturbed(run, tmp_path)
+    sweep.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_terminated_worker_saves_its_state_first(begin, tmp_path):
+    """SIGTERM, as a preempted machine gives it: nothing that was trained is lost."""
+    sweep, run = begin("fsdp", "--checkpointing.schedule.every", "1000")
+    sweep.wait_until(lambda: run.journal() and run.journal()[-1]["step"] >= 20)
+    assert states(run) == []
+    train_workers(sweep)[1].send_signal(signal.SIGTERM)
+    sweep.wait_until(lambda: states(run))
+    assert states(run)[0] >= 20
+    assert sweep.wait() == 0, sweep.text
+    assert_as_if_undisturbed(run, tmp_path)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_state(begin, tmp_path):
+    sweep, run = begin("fsdp", "--checkpointing.schedule.every", "1000")
+    sweep.wait_until(lambda: run.journal() and run.journal()[-1]["step"] >= 20)
+    sweep.interrupt()
+    assert sweep.wait(120) == 130, sweep.text
+    assert "Traceback" not in sweep.text
+    assert states(run) and states(run)[0] >= 20
+    sweep.assert_nothing_left()
+    again, _ = begin("fsdp", "--checkpointing.schedule.every", "1000")
+    assert again.wait() == 0, again.text
+    assert_as_if_undisturbed(run, tmp_path)
+
+
+def test_more_workers_than_there_are(start, tmp_path):
+    sweep = start(tmp_path / "results", "--axis", "seed=0", "--scaling.strategy", "ddp", "--scaling.num-workers", "3")
+    assert sweep.wait(90) == 2
+    line = "error: scaling.num_workers 3: 3 x 1 CPU do not fit the cluster (2 CPU and 0 GPU); use at most 2 workers"
+    assert line in " ".join(sweep.text.split())
+    assert "Traceback" not in sweep.text
