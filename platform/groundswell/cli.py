@@ -139,7 +139,7 @@ def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, 
         parts.append(options.search)
     if options.scheduler != "none":
         parts.append(options.scheduler)
-    if base != start or replaced:
+    if base.identity != start.identity or replaced:  # another number of workers goes on with the same sweep
         parts.append(base.identity[:6])
     return dataclasses.replace(sweep, name="-".join(parts), base=base, axes=axes, fields=dict(fields))
 

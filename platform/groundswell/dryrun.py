@@ -33,6 +33,8 @@ class Measured:
 def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
     """Print the plan; trains nothing and writes nothing."""
     runs = _all_runs(sweep, options)
+    if any(run.experiment.scaling.distributed for run in runs):
+        return _list_spread(sweep, runs, console)
     machine = cluster.local_resources()
     scaling = sweep.base.scaling
     on_gpu = machine.num_gpus > 0 and scaling.device != "cpu"
@@ -74,6 +76,23 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
     )
     if options.search == "optuna":
         console.print(f"Optuna chooses the settings as it learns; the {options.num_samples} above are a random example")
+    return 0
+
+
+def _list_spread(sweep: Sweep, runs: list[PlannedRun], console: Console) -> int:
+    """Runs over several workers may be larger than this machine: they are listed, not tried."""
+    table = Table(title=f"{sweep.name}: {len(runs)} runs", title_justify="left")
+    for column in ("run", "parameters", "steps", "strategy", "workers"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for run in runs:
+        scaling, budget = run.experiment.scaling, run.experiment.budget
+        strategy = f"zero {scaling.zero_stage}" if scaling.strategy == "deepspeed" else scaling.strategy
+        name = f"{run.name}  [dim]{run.run_id}[/]"
+        table.add_row(name, f"{_num_parameters(run):,}", f"{budget.total:,}", strategy, str(scaling.num_workers))
+    console.print(table)
+    console.print(
+        "groundswell plan tells the memory and the time of runs over several workers", soft_wrap=True, highlight=False
+    )
     return 0
 
 

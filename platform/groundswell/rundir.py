@@ -66,14 +66,15 @@ class RunFolder:
     # ---- what the run is ----
 
     def write_new(self, experiment: Experiment, name: str, axes: Mapping[str, Any], pack: str, number: int) -> None:
-        """Describe the run; what it has trained so far stays. `run.json` comes last: with it the folder is whole."""
-        if not (self.path / "experiment.json").exists():
-            atomic_write(self.path / "experiment.json", experiment.to_json())
+        """Describe the run; what it has trained so far stays. `run.json` comes last: with it the folder is whole.
+
+        The experiment may differ in what is no part of its identity (the number of workers)."""
         description = {"name": name, "axes": dict(axes), "pack": pack, "number": number}
-        text = json.dumps(description, indent=2) + "\n"
-        target = self.path / "run.json"
-        if not target.exists() or target.read_text(encoding="utf-8") != text:
-            atomic_write(target, text)
+        texts = {"experiment.json": experiment.to_json(), "run.json": json.dumps(description, indent=2) + "\n"}
+        for file, text in texts.items():
+            target = self.path / file
+            if not target.exists() or target.read_text(encoding="utf-8") != text:
+                atomic_write(target, text)
 
     def exists(self) -> bool:
         return (self.path / "run.json").exists()

@@ -5,7 +5,7 @@ import torch
 
 from groundswell.experiment import AdamW
 from groundswell.protocols import ParameterSpec
-from groundswell.training.flat import ALIGNMENT, FlatParameters, PackedAdamW, initial_row, layout
+from groundswell.training.flat import ALIGNMENT, FlatParameters, PackedAdamW, assign_groups, initial_row, layout
 
 SPECS = [
     ParameterSpec("weight", (3, 5), decayed=True, init_std=0.5),
@@ -135,3 +135,47 @@ def test_decay_of_everything_and_tensors_that_are_not_trained(on_cpu):
     assert torch.equal(parameters.flat[0, offset : offset + 6], row[0, offset : offset + 6])
     norm = torch.sqrt(sum((tensor.grad**2).sum() for tensor in tensors.values()))
     assert optimizer.grad_norm.item() == pytest.approx(norm.item())
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["rows", "flat"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_groups_and_schedules_equal_torch(on_cpu, schedule):
+    """A group with a rate and decay of its own, one that climbs, one that is frozen, against torch's AdamW."""
+    settings = AdamW(
+        lr=1e-2, weight_decay=0.3, warmup_steps=3, clip_norm=0.5, schedule=schedule, final_lr=0.2,
+        groups=(
+            {"match": "embedding", "lr": 3e-2, "weight_decay": 0.0},
+            {"match": "bias", "ascent": True, "lr": 1e-3},
+            {"match": "scale", "frozen": True},
+        ),
+    )  # fmt: skip
+    specs = assign_groups(SPECS, settings)
+    assert [spec.trained for spec in specs] == [True, True, True, False]
+    row = initial_row(specs, torch.Generator().manual_seed(0)).double()[None]
+    parameters = FlatParameters(specs, row)
+    optimizer = PackedAdamW(parameters, [settings], total_updates=20)
+    if not on_cpu:
+        optimizer.on_cpu = False
+        optimizer._place_scalars()
+    tensors = {name: view.detach()[0].clone().requires_grad_() for name, view in parameters.views.items()}
+    rates = {"weight": 1e-2, "embedding": 3e-2, "bias": 1e-3}
+    reference = torch.optim.AdamW(
+        [
+            {"params": [tensors["weight"]], "weight_decay": 0.3},
+            {"params": [tensors["embedding"]], "weight_decay": 0.0},
+            {"params": [tensors["bias"]], "weight_decay": 0.0, "maximize": True},
+        ],
+        betas=(settings.beta1, settings.beta2),
+    )
+    generator = torch.Generator().manual_seed(1)
+    for update in range(20):
+        for name in rates:
+            tensors[name].grad = torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64)
+            parameters.views[name].grad[0] = tensors[name].grad
+        torch.nn.utils.clip_grad_norm_([tensors[name] for name in rates], 0.5)
+        for group, name in zip(reference.param_groups, rates, strict=True):
+            group["lr"] = rates[name] * settings.lr_factor(update, 20)
+        reference.step()
+        optimizer.step()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(parameters.views[name].detach()[0], tensor.detach(), rtol=1e-5, atol=1e-7)

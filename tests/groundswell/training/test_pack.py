@@ -117,3 +117,16 @@ def test_cuda_without_a_gpu_is_one_clear_line(tiny):
     experiment = tiny.with_overrides({"scaling.device": "cuda"})
     with pytest.raises(ConfigError, match="scaling.device: no CUDA device here"):
         make([experiment])
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(tiny):
+    """Also where the pieces are uneven (32 = 4 x 7 + 4) and in a pack."""
+    experiments = [tiny.with_overrides({"seed": seed, "scaling.precision": "float64"}) for seed in (0, 1)]
+    whole = Pack([Member.create(e, CPU) for e in experiments])
+    pieces = [e.with_overrides({"scaling.micro_batch": 7}) for e in experiments]
+    accumulated = Pack([Member.create(e, CPU) for e in pieces])
+    for pack in (whole, accumulated):
+        pack.train(5)
+    for mine, others in zip(accumulated.read_metrics(), whole.read_metrics(), strict=True):
+        assert mine == pytest.approx(others, abs=1e-12)
+    torch.testing.assert_close(accumulated.parameters.flat, whole.parameters.flat, rtol=1e-9, atol=1e-12)
