@@ -15,7 +15,7 @@ from models.decoder import Decoder
 from models.transformers_model import TransformersModel
 from sweeps.grok_wd_layers import DEMO, HELD_OUT
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"model": Decoder(num_layers=2, num_heads=4, width=64, init_scale=3.0)},
     # 168 hidden units: three matrices of SwiGLU hold about as much as GPT-2's two of 256
     "llama": {"model": TransformersModel(num_layers=2, num_heads=4, width=64, mlp_width=168, init_std=0.06)},

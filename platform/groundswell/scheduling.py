@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from groundswell.rundir import RunFolder, SweepFolder
+from groundswell.rundir import RunFolder
 from groundswell.tuning import Unsaved
 
 log = logging.getLogger(__name__)
@@ -45,19 +45,23 @@ def make_scheduler(name: SchedulerName, metric: str, mode: str, total_steps: int
 class MemberScheduler(Unsaved, FIFOScheduler):
     """Feeds each run's evaluations to `inner`; a run that should stop finds a request in its folder.
 
-    The decision is on disk before the pack goes on, so it survives a crash. `recall` replays the evaluations of
-    earlier sessions, so that a resumed sweep judges by the same record.
+    The decision is on disk before the pack goes on, so it survives a crash. The evaluations of earlier sessions are
+    replayed, so that a resumed sweep judges by the same record.
     """
 
-    def __init__(self, inner: TrialScheduler, sweep: SweepFolder) -> None:
+    def __init__(
+        self, inner: TrialScheduler, request_prune: Callable[[str, str], None], earlier: Iterable[RunFolder] = ()
+    ) -> None:
+        """`request_prune` (run id, reason) writes the request; `earlier`: runs that have evaluations already."""
         super().__init__()
         self.inner = inner
-        self.sweep = sweep
+        self.request_prune = request_prune
         self._proxies: dict[str, MemberProxy] = {}
         self._judged: dict[str, int] = {}  # run id -> step
         self._stopped: set[str] = set()
+        self._recall(earlier)
 
-    def recall(self, folders: Iterable[RunFolder]) -> None:
+    def _recall(self, folders: Iterable[RunFolder]) -> None:
         lines = [(line["time_ms"], folder.run_id, line) for folder in folders for line in folder.journal()]
         for _, run_id, line in sorted(lines, key=lambda item: item[:2]):
             self._judge(None, run_id, {"step": line["step"], **line["metrics"]})
@@ -81,5 +85,5 @@ class MemberScheduler(Unsaved, FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         for member in result.get("members", ()):
             if member["state"] == "running" and self._judge(tune_controller, member["run_id"], member):
-                self.sweep.run(member["run_id"]).request_prune(f"behind its rivals at step {member['step']}")
+                self.request_prune(member["run_id"], f"behind its rivals at step {member['step']}")
         return TrialScheduler.CONTINUE

@@ -91,7 +91,9 @@ def planned_scaling() -> dict[str, float]:
     subject = load("codellama-13b-pruning", {})
     points = weak_scaling(subject, Machine(find_gpu("a100-80"), 8), (8, 32, 128))
     rows = [(f"{p.num_gpus} GPUs", f"{p.step_s:.2f}", f"{p.examples_per_s:.1f}", f"{p.efficiency:.2f}") for p in points]
-    print_table("weak scaling of codellama-13b-pruning on a100-80, planned", ["", "s a step", "examples/s", "efficiency"], rows)
+    print_table(
+        "weak scaling of codellama-13b-pruning on a100-80, planned", ["", "s a step", "examples/s", "efficiency"], rows
+    )
     return {f"planned_efficiency_{p.num_gpus}": round(p.efficiency, 3) for p in points}
 
 
@@ -112,7 +114,10 @@ def main() -> None:
         numbers |= {f"{name.replace(' ', '_')}_2_vs_single": round(two / single, 2)}
     columns = ["strategy", "1 worker, steps/s", "2 workers", "2 under Ray Train", "2 workers / single", "start-up, s"]
     print_table("one run on 2 cores", columns, rows)
-    pairs = [(bare(options.steps, STRATEGIES["ddp"], 2), under_ray(options.steps, STRATEGIES["ddp"], 2)) for _ in range(options.rounds)]
+    pairs = [
+        (bare(options.steps, STRATEGIES["ddp"], 2), under_ray(options.steps, STRATEGIES["ddp"], 2))
+        for _ in range(options.rounds)
+    ]
     numbers["train_overhead"] = round(statistics.median(alone / ray - 1 for alone, (ray, _) in pairs), 3)
     numbers["start_up_ddp_s"] = round(statistics.median(start for _, (_, start) in pairs), 1)
     with contextlib.suppress(ImportError):

@@ -12,11 +12,17 @@ from groundswell import AdamW, ConfigError, Experiment, Scaling
     ("fields", "message"),
     [
         ({"num_workers": 2}, "scaling.num_workers: 2 needs strategy ddp, fsdp or deepspeed"),
-        ({"activation_checkpointing": True}, "scaling.strategy: single has no offload and no activation_checkpointing; use fsdp"),
+        (
+            {"activation_checkpointing": True},
+            "scaling.strategy: single has no offload and no activation_checkpointing; use fsdp",
+        ),
         ({"strategy": "ddp", "compile": True}, "scaling.strategy: ddp does not go with compile or cuda_graph"),
         ({"strategy": "fsdp", "precision": "float64"}, "scaling.precision: float64 does not go with strategy fsdp"),
         ({"strategy": "ddp", "offload": "all"}, "scaling.offload: does not go with ddp"),
-        ({"strategy": "fsdp", "offload": "optimizer"}, "scaling.offload: optimizer alone is DeepSpeed's; fsdp offloads all"),
+        (
+            {"strategy": "fsdp", "offload": "optimizer"},
+            "scaling.offload: optimizer alone is DeepSpeed's; fsdp offloads all",
+        ),
         ({"strategy": "deepspeed", "offload": "all"}, "scaling.offload: all needs zero_stage 3"),
         ({"strategy": "deepspeed", "zero_stage": 4}, "scaling.zero_stage: Input should be 1, 2 or 3"),
         ({"strategy": "tensor"}, "scaling.strategy: Input should be 'single', 'ddp', 'fsdp' or 'deepspeed'"),

@@ -17,6 +17,10 @@ def sweep(tmp_path, tiny):
     return folder
 
 
+def requests(sweep):
+    return lambda run_id, reason: sweep.run(run_id).request_prune(reason)
+
+
 def report(scheduler, run_id, step, value):
     """One evaluation of one member, as a pack reports it."""
     members = [{"run_id": run_id, "state": "running", "step": step, METRIC: value}]
@@ -29,7 +33,7 @@ def pruned(sweep):
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_asha_keeps_the_best_third_of_each_rung(sweep, mode):
-    scheduler = MemberScheduler(make_scheduler("asha", METRIC, mode, total_steps=900), sweep)
+    scheduler = MemberScheduler(make_scheduler("asha", METRIC, mode, total_steps=900), requests(sweep))
     runs = [run.run_id for run in sweep.runs()]
     sign = 1 if mode == "max" else -1
     for place, run_id in enumerate(runs):  # each worse than all before it
@@ -42,14 +46,14 @@ def test_asha_keeps_the_best_third_of_each_rung(sweep, mode):
 
 
 def test_nobody_is_judged_before_the_grace_period(sweep):
-    scheduler = MemberScheduler(make_scheduler("asha", METRIC, "max", total_steps=900), sweep)
+    scheduler = MemberScheduler(make_scheduler("asha", METRIC, "max", total_steps=900), requests(sweep))
     for place, run in enumerate(sweep.runs()):
         report(scheduler, run.run_id, 99, 0.9 - 0.05 * place)
     assert pruned(sweep) == set()
 
 
 def test_median_rule_stops_what_is_below_the_others(sweep):
-    scheduler = MemberScheduler(make_scheduler("median", METRIC, "max", total_steps=90), sweep)
+    scheduler = MemberScheduler(make_scheduler("median", METRIC, "max", total_steps=90), requests(sweep))
     runs = [run.run_id for run in sweep.runs()]
     for step in (10, 20, 30):
         for run_id in runs[:-1]:
@@ -65,18 +69,17 @@ def test_a_new_session_judges_by_the_old_record(sweep):
     for run in runs[:-1]:
         run.append_metrics(100, {METRIC: 0.9}, time_ms=1)
         run.sync_journal()
-    fresh = MemberScheduler(make_scheduler("asha", METRIC, "max", total_steps=900), sweep)
+    fresh = MemberScheduler(make_scheduler("asha", METRIC, "max", total_steps=900), requests(sweep))
     report(fresh, runs[-1].run_id, 100, 0.5)
     assert pruned(sweep) == set()  # the first one that it has ever seen
-    recalled = MemberScheduler(make_scheduler("asha", METRIC, "max", total_steps=900), sweep)
-    recalled.recall(runs)
+    recalled = MemberScheduler(make_scheduler("asha", METRIC, "max", total_steps=900), requests(sweep), runs)
     assert pruned(sweep) == set()  # remembering prunes nobody
     report(recalled, runs[-1].run_id, 100, 0.5)
     assert pruned(sweep) == {runs[-1].run_id}
 
 
 def test_a_retried_worker_reports_steps_twice(sweep):
-    scheduler = MemberScheduler(make_scheduler("median", METRIC, "max", total_steps=90), sweep)
+    scheduler = MemberScheduler(make_scheduler("median", METRIC, "max", total_steps=90), requests(sweep))
     run_id = sweep.runs()[0].run_id
     assert scheduler._judge(None, run_id, {"step": 20, METRIC: 0.5}) is False
     judged = dict(scheduler._judged)

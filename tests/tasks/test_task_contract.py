@@ -16,6 +16,7 @@ from tasks.composition import Composition
 from tasks.examples import row_texts
 from tasks.folder import Folder, write_folder
 from tasks.modular_arithmetic import ModularArithmetic
+from tasks.random_tokens import RandomTokens
 from tasks.reverse import Reverse
 from tasks.reverse_icl import ReverseICL
 from tasks.text import Text
@@ -39,6 +40,7 @@ TASKS = {
     "complex reasoning": ComplexReasoning(num_entities=100, num_attributes=3, num_values=5, train_fraction=0.04),
     "add": ModularArithmetic(modulus=11),
     "divide": ModularArithmetic(modulus=13, operation="divide", train_fraction=0.6),
+    "random tokens": RandomTokens(vocabulary=40, length=8, answers=2, num_examples=50, num_test=20),
     "reverse": Reverse(entity_vocab_size=40),
     "reverse of words": Reverse(entity_vocab_size=40, word_size=3),
     "reverse in context": ReverseICL(entity_vocab_size=40, num_x_tokens=12, num_y_tokens=10),

@@ -1,0 +1,127 @@
+"""What Edge Pruning (Bhaskar et al. 2024, arXiv 2406.16778) costs besides its network, in two forms.
+
+A transformer's residual stream is kept apart as the outputs of W writers; each reader forms its own input as a masked
+sum over the writers before it. `published`: as the authors' code computes it, with einsums over all W rows, clean and
+corrupted, a new buffer for every write, and reference runs in the same form. `fast`: the same losses and gradients from
+differences to the corrupted run, one preallocated buffer of which a layer reads only the rows that are filled, and
+plain reference runs. A multiply-add counts 2.
+Shapes: L layers, H heads, K key/value heads, W writers, B rows, S tokens, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from groundswell.planning.strategies import Extra
+
+Form = Literal["published", "fast"]
+REFERENCE_RUNS = 2  # the full model on the clean and on the corrupted input
+FAST_BUFFERS = 3  # differences, their gradients, and one more while they are formed
+READ_COPIES = 3  # of a layer's read inputs: as read, normalised, and the gradient
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Sizes of the edge graph."""
+
+    num_layers: int
+    num_heads: int
+    width: int
+    num_kv_heads: int | None = None
+    num_embedding_writers: int = 0  # token and position embeddings, where they are masked
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def num_writers(self) -> int:
+        """Embeddings, then the heads and the MLP of each layer."""
+        return self.num_embedding_writers + self.num_layers * (self.num_heads + 1)
+
+    @property
+    def readers_per_layer(self) -> int:
+        """q of each head, k and v of each key/value head, the MLP."""
+        return self.num_heads + 2 * self.kv_heads + 1
+
+    def writers_before(self, layer: int) -> int:
+        """Rows that are filled when a layer begins."""
+        return self.num_embedding_writers + layer * (self.num_heads + 1)
+
+    @property
+    def num_edges(self) -> int:
+        """q, k, v see the writers before their layer, the MLP its layer's heads too, the last reader all."""
+        before = sum(self.writers_before(layer) for layer in range(self.num_layers))
+        return before * self.readers_per_layer + self.num_layers * self.num_heads + self.num_writers
+
+
+@dataclass(frozen=True)
+class MaskFlops:
+    """Reads and writes of one token, FLOPs."""
+
+    reference: float  # both reference runs
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.reference + self.forward + self.backward
+
+
+def mask_flops(graph: Graph, form: Form) -> MaskFlops:
+    """Of one token in one training step, the network's own products apart."""
+    if form == "fast":  # one product a layer over the filled rows, its heads for the MLP, and the last reader
+        rows = sum(graph.writers_before(layer) for layer in range(graph.num_layers))
+        own_heads = graph.num_layers * graph.num_heads
+        forward = 2.0 * graph.width * (rows * graph.readers_per_layer + own_heads + graph.num_writers)
+        return MaskFlops(0.0, forward, 2 * forward)
+    everywhere = 2.0 * graph.num_writers * graph.width * graph.num_layers
+    read, write = everywhere * graph.readers_per_layer, everywhere * (graph.num_heads + 1)
+    # forward: clean and corrupted reads; backward: gradients of the buffer, of both products' masks, of the writes
+    return MaskFlops(REFERENCE_RUNS * (read + write), 2 * read + write, 3 * read + write)
+
+
+def buffer_bytes(graph: Graph, batch: int, length: int, element: int) -> int:
+    """All writers' outputs, W B S d."""
+    return graph.num_writers * batch * length * graph.width * element
+
+
+def saved_bytes(graph: Graph, form: Form, batch: int, length: int, element: int, checkpointing: bool = False) -> int:
+    """Buffers at the end of the forward pass. published: two a layer, one with a recomputation of each layer."""
+    count = FAST_BUFFERS if form == "fast" else graph.num_layers * (1 if checkpointing else 2)
+    return count * buffer_bytes(graph, batch, length, element)
+
+
+def read_bytes(graph: Graph, batch: int, length: int, element: int) -> int:
+    """The readers' inputs of one layer, [H + 2K + 1, B, S, d] in three copies: what recomputing it needs."""
+    return READ_COPIES * graph.readers_per_layer * batch * length * graph.width * element
+
+
+def moved_bytes(graph: Graph, form: Form, batch: int, length: int, element: int) -> float:
+    """Between the GPU and its memory in one training step.
+
+    published: 4 writes and about 16 reads of the buffer a layer (counted in the authors' code). fast: the filled rows
+    once forward; backward once for the masks' gradients, and read and written for the buffer's.
+    """
+    if form == "published":
+        return 20.0 * graph.num_layers * buffer_bytes(graph, batch, length, element)
+    rows = sum(graph.writers_before(layer) for layer in range(graph.num_layers))
+    return 4.0 * rows * batch * length * graph.width * element
+
+
+def extra(graph: Graph, form: Form, batch: int, length: int, element: int) -> Extra:
+    """For `groundswell plan`. Blocks are recomputed in the published form, as its launch scripts do for large models.
+
+    The network's own passes are measured by the planner: one with gradients towards the masks, and the reference runs.
+    """
+    return Extra(
+        name=f"edge pruning, {form} form",
+        bytes_per_gpu=saved_bytes(graph, form, batch, length, element, checkpointing=True)
+        + read_bytes(graph, batch, length, element),
+        flops_per_example=length * mask_flops(graph, form).total,
+        moved_bytes_per_example=moved_bytes(graph, form, 1, length, element),
+        trained_parameters=graph.num_edges + graph.num_writers,
+        forwards=REFERENCE_RUNS,
+        gradients_pass_network=True,
+    )
