@@ -45,6 +45,8 @@ class Options:
     """PATH=V1,V2,... replaces or adds an axis of the grid (may be given several times)"""
     address: str | None = None
     """Ray cluster to use (default: RAY_ADDRESS, else a local one for this sweep)"""
+    storage: str | None = None
+    """URI (s3://bucket/folder, file:///folder) where results and states are kept too; whoever starts there goes on"""
     num_cpus: int | None = None
     """CPUs of the local cluster (default: all of this machine)"""
     dry_run: bool = False
@@ -75,6 +77,7 @@ def run(build: Callable[[str], Sweep], presets: Mapping[str, str], default: str,
             pack=_pack(options.pack),
             address=options.address or os.environ.get("RAY_ADDRESS"),
             num_cpus=options.num_cpus,
+            storage=options.storage,
         )
         if options.dry_run:
             from groundswell.dryrun import dry_run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -17,7 +18,9 @@ from typing import Any
 
 from groundswell.config import ConfigError
 
+log = logging.getLogger(__name__)
 CONNECT_SECONDS = 30.0
+START_ATTEMPTS = 3
 TOKEN_ADVICE = (
     "put the cluster's token (`ray get-auth-token` on its head) into ~/.ray/auth_token, "
     "or name its file in RAY_AUTH_TOKEN_PATH"
@@ -106,13 +109,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Resour
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     options["runtime_env"] = {"env_vars": worker_variables()}
     if address is None:
-        ray.init(
-            address="local",  # never someone else's cluster by accident; Ray gives it a token, as it listens everywhere
-            num_cpus=num_cpus or local_resources().num_cpus,
-            include_dashboard=False,
-            object_store_memory=200 * 2**20,  # only small messages travel through it
-            **options,
-        )
+        _start(num_cpus or local_resources().num_cpus, options)
     else:
         _join(address, options)
     try:
@@ -120,6 +117,31 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Resour
         yield Resources(int(total.get("CPU", 1)), int(total.get("GPU", 0)))
     finally:
         _leave()
+
+
+def _start(num_cpus: int, options: dict[str, Any]) -> None:
+    """A cluster on this machine. Ray gives its own processes half a minute, which a busy machine may exceed."""
+    import ray
+
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",  # never someone else's by accident; Ray gives it a token, as it listens everywhere
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=200 * 2**20,  # only small messages travel through it
+                **options,
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out" not in str(error):
+                raise
+            log.warning("Ray did not start (attempt %d of %d): %s", attempt + 1, START_ATTEMPTS, error)
+    raise ConfigError(
+        "Ray did not start on this machine in time, which is very busy; the same command tries it again, or give "
+        "--address of a cluster"
+    )
 
 
 def _leave() -> None:

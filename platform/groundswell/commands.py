@@ -23,7 +23,11 @@ from groundswell.selection import all_sweeps, find_run, find_sweep
 from groundswell.tracking.listing import RunRow, filter_rows, read_rows
 from groundswell.tracking.view import page_address
 
-ANALYSES = {  # commands of modules that are imported only when they are called
+ELSEWHERE = {  # commands of modules that are imported only when they are called
+    "submit": ("groundswell.submit", "Run a sweep as a job of a Ray cluster; follow, list and stop such jobs."),
+    "train": ("groundswell.train_command", "Train the experiment of a file, on one device or on many workers."),
+    "plan": ("groundswell.plan_command", "Will a run fit, what binds, how long does it take, what does it cost."),
+    "convert": ("groundswell.scaling.convert", "Make a run's DeepSpeed state one that any number of workers can read."),
     "score": ("analysis.scoring", "Score answers that are files already (all_items.json), ours or the original's."),
     "in-context": ("analysis.in_context", "Compare with language models that read the facts: write, ask, score."),
 }
@@ -140,14 +144,14 @@ def sync(sweep: Annotated[str, tyro.conf.Positional], output: Path = Path("resul
 def main(args: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 when something was left undone, 2 for a user's mistake, 130 after Ctrl-C."""
     commands: dict[str, Any] = {"runs": runs, "show": show, "ui": ui, "sync": sync}
-    elsewhere = probe_commands.HELP | {name: text for name, (_, text) in ANALYSES.items()}
+    elsewhere = probe_commands.HELP | {name: text for name, (_, text) in ELSEWHERE.items()}
     commands |= {name: _listed(text) for name, text in elsewhere.items()}
     args = sys.argv[1:] if args is None else args
     try:
         if args and args[0] in probe_commands.HELP:  # their options depend on probes, which are slow to import
             return probe_commands.run(args[0], args[1:], _console())
-        if args and args[0] in ANALYSES:
-            return importlib.import_module(ANALYSES[args[0]][0]).main(args[1:])
+        if args and args[0] in ELSEWHERE:
+            return importlib.import_module(ELSEWHERE[args[0]][0]).main(args[1:])
         return tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="groundswell",

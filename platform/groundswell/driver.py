@@ -23,6 +23,7 @@ from groundswell import cluster
 from groundswell.config import ConfigError
 from groundswell.files import atomic_write, ensure_writable
 from groundswell.interrupts import interruptible
+from groundswell.mirror import Mirror
 from groundswell.probe_pool import one_line
 from groundswell.probing import Asking, LiveAnswers, Target, finish_asking, make_plan, print_failures
 from groundswell.progress import Progress
@@ -30,6 +31,7 @@ from groundswell.report import finish_report
 from groundswell.results import load_results
 from groundswell.rundir import RunFolder, SweepFolder
 from groundswell.scaling.capacity import FOLLOWER, Demand, cluster_nodes, concurrent_runs
+from groundswell.storage import Storage
 from groundswell.sweep import PlannedRun, Sweep, cost, make_packs, unique_runs
 from groundswell.tracking import Tracker
 
@@ -53,6 +55,7 @@ class SweepOptions:
     pack: int | Literal["auto"] = "auto"
     address: str | None = None
     num_cpus: int | None = None
+    storage: str | None = None  # URI of a place that outlives the machines
 
 
 def listed_runs(sweep: Sweep, options: SweepOptions) -> list[PlannedRun]:
@@ -93,7 +96,24 @@ class Driver:
         self._cluster = contextlib.ExitStack()
         self._resources: cluster.Resources | None = None
         self.live: LiveAnswers | None = None
+        self.mirror = self._open_mirror()
         atomic_write(folder.path / "sweep.json", json.dumps(sweep.describe(), indent=2) + "\n")
+
+    def _open_mirror(self) -> Mirror | None:
+        """Bring here what the storage has of this sweep."""
+        if self.options.storage is None:
+            return None
+        mirror = Mirror(Storage(self.options.storage), self.folder)
+        fetched = len(mirror.fetch_sweep(checkpoints=2))
+        if fetched:
+            self.console.print(f"{fetched} runs come from {self.options.storage}", soft_wrap=True, highlight=False)
+        return mirror
+
+    def _close_mirror(self) -> str | None:
+        if self.mirror is None:
+            return None
+        self.mirror.publish_sweep(force=True)  # runs are published by who trains them
+        return self.mirror.close()
 
     def run(self) -> int:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -111,8 +131,7 @@ class Driver:
                 results = load_results(self.folder, planned, tuple(self.sweep.axes), self.sweep.replicate_axis)
                 tracker.log_outputs(finish_report(self.sweep, results, self.folder, self.console))
         finally:
-            leftover = tracker.close(DRAIN_SECONDS)
-            if leftover:
+            for leftover in filter(None, [tracker.close(DRAIN_SECONDS), self._close_mirror()]):
                 self.console.print(f"[yellow]{leftover}[/]", soft_wrap=True)
         return self._exit_code()
 
@@ -208,9 +227,7 @@ class Driver:
         self.workers = concurrent_runs(cluster_nodes(), demands)
         self.source = self._make_source(on_gpu)
         inner = make_scheduler(self.options.scheduler, self.sweep.metric, self.sweep.mode, self.sweep.base.budget.total)
-        scheduler = MemberScheduler(inner, self.folder) if inner else None
-        if scheduler:
-            scheduler.recall(self.folder.runs())
+        scheduler = MemberScheduler(inner, self._request_prune, self.folder.runs()) if inner else None
         tune_folder = self.folder.path / ".tune"
         shutil.rmtree(tune_folder, ignore_errors=True)
         tuner = tune.Tuner(
@@ -279,12 +296,22 @@ class Driver:
         if not waiting:
             return None
         scaling = waiting[0].experiment.scaling
+        if self.mirror is not None:
+            for run in waiting:
+                self.mirror.announce(self.folder.run(run.run_id))
         return {
             "sweep": str(self.folder.path.resolve()),
+            "storage": self.options.storage,
             "runs": [run.run_id for run in waiting],
             "every_evaluation": self.options.scheduler != "none",
             "reserves": FOLLOWER if scaling.distributed else Demand.of(scaling, self.on_gpu).per_worker,
         }
+
+    def _request_prune(self, run_id: str, reason: str) -> None:
+        folder = self.folder.run(run_id)
+        folder.request_prune(reason)
+        if self.mirror is not None:
+            self.mirror.send_request(folder, "prune_request.json")
 
     # ---- what the callback tells ----
 
@@ -292,6 +319,8 @@ class Driver:
         for member in members:
             self.progress.report(member)
             if member["state"] != "running":
+                if self.mirror is not None:  # the run may have been trained on a machine of its own
+                    self.mirror.fetch(self.folder.run(member["run_id"]))
                 self.source.complete(member["run_id"], self._outcome(self.folder.run(member["run_id"])))
 
     def on_trial_lost(self, run_ids: Sequence[str], error: str) -> None:

@@ -16,6 +16,7 @@ def interruptible(interrupted: threading.Event, console: Console, message: str) 
     """First Ctrl-C (or SIGTERM): the event, and the message. Second: KeyboardInterrupt, to leave at once."""
 
     def handler(number: int, frame: Any) -> None:
+        signal.alarm(0)  # Ray's native handler of SIGTERM sets one, which ends the process three seconds later
         if interrupted.is_set():
             raise KeyboardInterrupt
         interrupted.set()

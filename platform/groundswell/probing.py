@@ -27,7 +27,7 @@ from groundswell.tracking import Tracker, default_uri
 from groundswell.tracking.run_sync import unsent_answers
 
 if TYPE_CHECKING:
-    from groundswell.experiment import Experiment
+    pass
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5

@@ -67,7 +67,8 @@ def check_package(root: Path, sweep: Path) -> None:
 
 def runtime_env(root: Path, variables: dict[str, str]) -> dict[str, Any]:
     quiet = {name: os.environ.get(name, value) for name, value in cluster.QUIET.items()}
-    stop = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    # Ray's own SIGTERM handler ends a driver after three seconds, whatever it is doing.
+    stop = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     env_vars = {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", **stop, **quiet, **variables}
     return {"working_dir": str(root), "excludes": EXCLUDES, "env_vars": env_vars}
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from ray import tune
 
-from groundswell.rundir import SweepFolder
+from groundswell.rundir import RunFolder, SweepFolder
 
 if TYPE_CHECKING:
+    from groundswell.mirror import Mirror
     from groundswell.scaling.session import TrainSession
     from groundswell.training.trainer import PackTrainer
 
@@ -25,8 +27,8 @@ LOCK_SECONDS = 60.0  # a dying predecessor may hold its runs for a moment
 
 
 class PackTrainable(tune.Trainable):
-    """config: "sweep" (folder), "runs" (run ids of one pack), "every_evaluation" (bool, for schedulers), "reserves" (Ray's
-    resources of this process)."""
+    """config: "sweep" (folder), "runs" (run ids of one pack), "every_evaluation" (bool, for schedulers), "reserves"
+    (Ray's resources of this process), "storage" (URI of what outlives this machine)."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.sweep = SweepFolder(Path(config["sweep"]))
@@ -36,9 +38,12 @@ class PackTrainable(tune.Trainable):
         self.every_evaluation = bool(config["every_evaluation"])
         self.trainer: PackTrainer | None = None
         self.session: TrainSession | None = None
+        self.mirror: Mirror | None = None
         self.failure: list[dict[str, Any]] = []
         self.locks = contextlib.ExitStack()
         try:
+            if config.get("storage"):
+                self.mirror = open_mirror(config["storage"], self.folders)
             for folder in self.folders:
                 self.locks.enter_context(FileLock(folder.path / "training.lock", timeout=LOCK_SECONDS))
             self._start()
@@ -50,7 +55,8 @@ class PackTrainable(tune.Trainable):
             from groundswell.scaling.session import TrainSession
 
             (folder,) = self.folders
-            self.session = None if folder.status().is_final else TrainSession(folder, self.log_file)
+            if not folder.status().is_final:
+                self.session = TrainSession(folder, self.log_file, self.mirror)
         else:
             from groundswell.training.trainer import PackTrainer  # torch, only where it computes
 
@@ -73,10 +79,24 @@ class PackTrainable(tune.Trainable):
         elif self.session is not None:
             members = self.session.advance(REPORT_SECONDS, self.every_evaluation)
         trains = self.trainer or self.session
-        return {"members": members, "done": trains is None or trains.finished}
+        done = trains is None or trains.finished
+        if self.mirror is not None:
+            self._publish(members, done)
+        return {"members": members, "done": done}
+
+    def _publish(self, members: Sequence[dict[str, Any]], done: bool) -> None:
+        """Runs that have ended are in the storage before anyone hears of it."""
+        assert self.mirror is not None
+        for member in members:
+            self.mirror.publish(self.sweep.run(member["run_id"]), force=member["state"] != "running")
+        if done or any(member["state"] != "running" for member in members):
+            self.mirror.flush()
 
     def _prune_requested(self) -> None:
         assert self.trainer is not None
+        if self.mirror is not None:
+            for folder in self.folders:
+                self.mirror.collect_requests(folder)
         asked = {folder.run_id: reason for folder in self.folders if (reason := folder.prune_request())}
         if asked:
             self.trainer.prune(set(asked), next(iter(asked.values())))
@@ -94,6 +114,11 @@ class PackTrainable(tune.Trainable):
         if self.session is not None:
             self.session.stop()
             self.session = None
+        if self.mirror is not None:
+            for folder in self.folders:
+                self.mirror.publish(folder, force=True)
+            self.mirror.close()
+            self.mirror = None
         self.locks.close()
 
     def cleanup(self) -> None:
@@ -104,6 +129,17 @@ class PackTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Runs resume from their own folders in `setup`."""
+
+
+def open_mirror(uri: str, folders: Sequence[RunFolder]) -> Mirror:
+    """A mirror of the runs' sweep, after what it has of them beyond this machine has come here."""
+    from groundswell.mirror import Mirror
+    from groundswell.storage import Storage
+
+    mirror = Mirror(Storage(uri), SweepFolder(folders[0].path.parents[1]))
+    for folder in folders:
+        mirror.fetch(folder)
+    return mirror
 
 
 def log_to_file(path: Path) -> None:

@@ -10,7 +10,6 @@ that alternate between the two. `start_up_s` is from the command to the end of t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import statistics
@@ -27,7 +26,7 @@ from groundswell import AdamW, Budget, Checkpointing, Evaluation, Every, Experim
 from groundswell.driver import SweepOptions, run_sweep
 from groundswell.planning.hardware import find_gpu
 from groundswell.planning.inputs import load
-from groundswell.planning.plan import Machine, weak_scaling
+from groundswell.planning.plan import Machine, Planner
 from groundswell.rundir import RunFolder, SweepFolder
 from groundswell.sweep import PlannedRun, Sweep
 from models.decoder import Decoder
@@ -86,15 +85,14 @@ def under_ray(steps: int, fields: dict[str, object], workers: int) -> tuple[floa
         return steps_per_s(run), run.journal()[0]["time_ms"] / 1e3 - start / 1e9
 
 
-def planned_scaling() -> dict[str, float]:
-    """Efficiency of CodeLlama-13B's pruning on more and more GPUs, as the planner sees it."""
-    subject = load("codellama-13b-pruning", {})
-    points = weak_scaling(subject, Machine(find_gpu("a100-80"), 8), (8, 32, 128))
-    rows = [(f"{p.num_gpus} GPUs", f"{p.step_s:.2f}", f"{p.examples_per_s:.1f}", f"{p.efficiency:.2f}") for p in points]
-    print_table(
-        "weak scaling of codellama-13b-pruning on a100-80, planned", ["", "s a step", "examples/s", "efficiency"], rows
-    )
-    return {f"planned_efficiency_{p.num_gpus}": round(p.efficiency, 3) for p in points}
+def planned_scaling(preset: str = "gpt2-xl", gpu: str = "a100-80") -> dict[str, float]:
+    """What the planner expects of more and more GPUs with as many examples each."""
+    subject = load(preset, {})
+    planner = Planner(subject.name, subject.experiment, subject.extras)
+    points = planner.weak_scaling(planner.plan(Machine(find_gpu(gpu), 8)), (8, 32, 128))
+    rows = [(f"{p.num_gpus}", f"{p.step_s:.2f}", f"{p.examples_per_s:.1f}", f"{p.efficiency:.2f}") for p in points]
+    print_table(f"weak scaling of {preset} on {gpu}, planned", ["GPUs", "s a step", "examples/s", "efficiency"], rows)
+    return {f"planned_efficiency_{p.num_gpus}": p.efficiency for p in points}
 
 
 def main() -> None:
@@ -120,9 +118,7 @@ def main() -> None:
     ]
     numbers["train_overhead"] = round(statistics.median(alone / ray - 1 for alone, (ray, _) in pairs), 3)
     numbers["start_up_ddp_s"] = round(statistics.median(start for _, (_, start) in pairs), 1)
-    with contextlib.suppress(ImportError):
-        numbers |= planned_scaling()
-    finish("scaling", numbers)
+    finish(numbers | planned_scaling())
 
 
 if __name__ == "__main__":

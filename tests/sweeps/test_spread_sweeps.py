@@ -48,13 +48,17 @@ def test_early_stopping_makes_room_at_once(start, tmp_path):
         assert run.status().step < 120
         assert run.checkpoint_step() == run.status().step
         assert "behind its rivals" in run.status().reason
-    started, ended = (sorted(getattr(run.status(), f"{what}_ms") for run in runs.values()) for what in ("started", "ended"))
+    started, ended = (
+        sorted(getattr(run.status(), f"{what}_ms") for run in runs.values()) for what in ("started", "ended")
+    )
     assert all(later > earlier for later, earlier in zip(started[1:], ended, strict=False))  # never two at a time
 
 
 def test_optuna(start, tmp_path):
     output = tmp_path / "results"
-    sweep = start(output, "--preset", "quick", "--search", "optuna", "--num-samples", "3", "--axis", "seed=0", *QUARTERS)
+    sweep = start(
+        output, "--preset", "quick", "--search", "optuna", "--num-samples", "3", "--axis", "seed=0", *QUARTERS
+    )
     assert sweep.wait(800) == 0, sweep.text
     runs = only_sweep(output).runs()
     assert len(runs) == 3
@@ -79,7 +83,9 @@ def test_a_machine_that_is_lost(start, tmp_path, three_machines):
     sweep.wait_until(lambda: any(output.glob("small-*/runs/*/training/step-0000002*")), seconds=600)
     (run,) = only_sweep(output).runs()
     machine = next(
-        process for process in head.processes[1:] if any("RayTrainWorker" in " ".join(c) for c in commands_below(process))
+        process
+        for process in head.processes[1:]
+        if any("RayTrainWorker" in " ".join(c) for c in commands_below(process))
     )
     for process in [*psutil.Process(machine.pid).children(recursive=True), machine]:
         process.kill()

@@ -31,9 +31,16 @@ class Leaving(Exception):
 class Control:
     """A wish of any worker becomes known to all one update later: the exchange travels while they compute."""
 
-    def __init__(self, folder: RunFolder, leads: bool, leaving: Callable[[], bool]) -> None:
-        """`leaving`: is this worker about to be taken away (a signal, a drained node)?"""
-        self.folder, self.leads, self.leaving = folder, leads, leaving
+    def __init__(
+        self,
+        folder: RunFolder,
+        leads: bool,
+        leaving: Callable[[], bool] = lambda: False,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`leaving`: is this worker about to be taken away (a signal, a drained node)? `look` is called by the first
+        worker before it looks into the folder."""
+        self.folder, self.leads, self.leaving, self.look = folder, leads, leaving, look
         # Flags and decisions travel as CPU tensors: they never wait for a GPU.
         self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self.wish = Wish.GO_ON  # the same on every worker
@@ -56,6 +63,7 @@ class Control:
     def _own_wish(self) -> Wish:
         if self.leads and time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
+            self.look()
             if self.folder.prune_request() is not None:
                 return Wish.PRUNE
             if self.folder.pause_requested():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from groundswell.config import ConfigError
+from groundswell.scaling import portable, zero_restore
 from groundswell.scaling.engines import Engine, Piece
 from groundswell.scaling.network import DTYPES, fill, materialise, owners_of
 from groundswell.training.flat import initial_tensor
@@ -41,7 +42,7 @@ def import_deepspeed(on_gpu: bool) -> Any:
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed around torch's AdamW. Its states can be read by the same number of workers only."""
+    """DeepSpeed around torch's AdamW. Its states can be read by the same number of workers only, unless converted."""
 
     elastic = False
 
@@ -129,6 +130,10 @@ class DeepSpeedEngine(Engine):
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
+        if portable.is_portable(folder):
+            with portable.Reader(folder) as reader:
+                zero_restore.restore(self.engine.optimizer, self.network, reader)
+            return
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise ConfigError(

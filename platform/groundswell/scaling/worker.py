@@ -19,8 +19,10 @@ from torch import Tensor
 from groundswell.config import ConfigError
 from groundswell.protocols import Split
 from groundswell.rundir import RunFolder, State
+from groundswell.scaling import portable
 from groundswell.scaling.control import Control, Leaving, Wish
-from groundswell.scaling.engines import Piece, engine_class
+from groundswell.scaling.engines import engine_class
+from groundswell.scaling.pieces import Piece, cut, micro_batches
 from groundswell.training import checkpoint
 from groundswell.training.pack import build_dataset, resolve_device
 from groundswell.training.run import Ending, Run
@@ -63,7 +65,7 @@ class WorkerTrainer:
         self.dropout = torch.Generator(self.device) if getattr(e.model, "dropout", 0.0) > 0 else None
         self._count_batches()
         answer = self.dataset.answer.to(self.device)
-        self.engine = engine_class(e.scaling.strategy)(e, answer, self.device, self.num_micro_batches)
+        self.engine = engine_class(e.scaling.strategy)(e, answer, self.device, self.micro_batches[1])
         self.step, self._saved_step = 0, -1
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
@@ -77,9 +79,7 @@ class WorkerTrainer:
             )
         self.step_size = len(self.dataset.train) if e.budget.epochs else batch  # examples in a step of the run
         self.updates_per_step = -(-self.step_size // batch)
-        each = -(-batch // workers)
-        self.micro_batch = min(each, e.scaling.micro_batch or each)
-        self.num_micro_batches = -(-each // self.micro_batch)
+        self.micro_batches = micro_batches(batch, workers, e.scaling.micro_batch)
 
     # ---- resume ----
 
@@ -87,13 +87,13 @@ class WorkerTrainer:
         """Go on from a training state, else from the beginning."""
         if state is not None:
             values = load_file(state / RUN_STATE)
-            self._check_workers(int(values["world_size"]))
+            self._check_workers(state, int(values["world_size"]))
             self.engine.load(state)
             self.step = self._saved_step = int(values["step"])
             self._summed = int(values["summed"])
             self.order.load_state(values["order_generator"], int(values["order_position"]))
             sums = {name[4:]: value for name, value in values.items() if name.startswith("sum/")}
-            self._sums = {name: (value if self.leads else value * 0).to(self.device) for name, value in sums.items()}
+            self._sums = {name: self._own_sum(value).to(self.device) for name, value in sums.items()}
         if self.leads:
             self.run.rewind(self.step if state is not None else -1)
             started = self.run.folder.status().started_ms or _now_ms()
@@ -102,12 +102,19 @@ class WorkerTrainer:
         self._last_checkpoint = self._last_reading = time.monotonic()
         self._last_step = self.step
 
-    def _check_workers(self, saved: int) -> None:
-        if saved != self.place.world_size and not self.engine.elastic:
+    def _own_sum(self, parts: Tensor) -> Tensor:
+        """This worker's part of a metric's sum [workers that saved it]; other workers than those share it anew."""
+        if len(parts) == self.place.world_size:
+            return parts[self.place.rank]
+        return parts.sum() if self.leads else torch.zeros((), dtype=parts.dtype)
+
+    def _check_workers(self, state: Path, saved: int) -> None:
+        elastic = self.engine.elastic or portable.is_portable(state)
+        if saved != self.place.world_size and not elastic:
             raise ConfigError(
                 f"scaling.num_workers {self.place.world_size}: DeepSpeed's state of this run was saved by {saved} "
-                f"workers and can be read by {saved} only; go on with {saved}, or convert it first: groundswell convert "
-                f"{self.run.folder.path}"
+                f"workers and can be read by {saved} only; go on with {saved}, or convert it first: groundswell "
+                f"convert {self.run.folder.path}"
             )
 
     # ---- the loop ----
@@ -156,16 +163,9 @@ class WorkerTrainer:
         yield from self.order.take(self.step_size).to(self.device).split(self.experiment.budget.batch_size)
 
     def _pieces(self, rows: Tensor) -> list[Piece]:
-        """This worker's micro-batches of data rows [B]. All workers have equally many: those beyond the worker's rows
-        hold one row that counts nothing."""
-        objective = self.experiment.objective
-        whole = objective.weight(self._examples(rows)).clamp(min=1)
-        mine = rows.tensor_split(self.place.world_size)[self.place.rank]
-        chunks = [chunk for chunk in mine.split(self.micro_batch) if len(chunk)]
-        pieces = [(self._examples(chunk), None) for chunk in chunks]
-        weighted: list[Piece] = [(batch, (objective.weight(batch) / whole)[0]) for batch, _ in pieces]
-        filler = (self._examples(rows[:1]), torch.zeros((), device=self.device))
-        return weighted + [filler] * (self.num_micro_batches - len(weighted))
+        """This worker's micro-batches of data rows [B]."""
+        place = self.place.rank, self.place.world_size
+        return cut(rows, place, self.micro_batches, self.experiment.objective, self._examples)
 
     def _examples(self, rows: Tensor) -> Split:
         """[1, B, ...]."""
@@ -262,11 +262,7 @@ class WorkerTrainer:
         folder = self.place.scratch / f"{checkpoint.folder_name(self.step)}-{self.place.rank}"
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.save(folder)
-        sums = {f"sum/{name}": value.double() for name, value in self._sums.items()}
-        if sums:
-            stacked = torch.stack(list(sums.values()))
-            dist.all_reduce(stacked)
-            sums = dict(zip(sums, stacked.cpu(), strict=True))
+        sums = self._all_sums()
         if self.leads:
             before, position = self.order.state()
             numbers = {
@@ -279,6 +275,16 @@ class WorkerTrainer:
             save_file({"order_generator": before, **tensors, **sums}, folder / RUN_STATE)
         self.report(self.step, folder)
         self._last_checkpoint = time.monotonic()
+
+    def _all_sums(self) -> dict[str, Tensor]:
+        """Every worker's part of the metrics since the last reading: "sum/name" -> [workers]."""
+        if not self._sums:
+            return {}
+        mine = torch.stack(list(self._sums.values()))
+        parts = [torch.empty_like(mine) for _ in range(self.place.world_size)]
+        dist.all_gather(parts, mine)
+        columns = torch.stack(parts).cpu().T.contiguous()
+        return {f"sum/{name}": column.clone() for name, column in zip(self._sums, columns, strict=True)}
 
 
 def _now_ms() -> int:

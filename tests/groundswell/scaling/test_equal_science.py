@@ -5,9 +5,9 @@ biases) into whole steps.
 """
 
 import pytest
-from tests.groundswell.scaling.workers import run_workers
 
 from groundswell.training.trainer import PackTrainer
+from tests.groundswell.scaling.workers import run_workers
 
 STRATEGIES = {
     "ddp": {"scaling.strategy": "ddp"},

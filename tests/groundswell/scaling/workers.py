@@ -26,8 +26,12 @@ def _work(rank: int, world_size: int, port: int, path: str, stop_after: int | No
     os.environ["LOCAL_RANK"] = str(rank)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     folder = RunFolder(path)
+    backend = "gloo"
+    if folder.experiment().scaling.device == "cuda":
+        backend = "cpu:gloo,cuda:nccl"  # what is offloaded is reduced and gathered on the CPU
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
     def report(step: int, part: Path) -> None:
         shutil.copytree(part, folder.path / "training" / checkpoint.folder_name(step), dirs_exist_ok=True)
@@ -37,7 +41,7 @@ def _work(rank: int, world_size: int, port: int, path: str, stop_after: int | No
 
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            control = Control(folder, rank == 0, lambda: False)
+            control = Control(folder, rank == 0)
             trainer = WorkerTrainer(folder, Place(rank, world_size, Path(scratch)), report, control)
             newest = states(folder)
             trainer.resume(newest[-1] if newest else None)
