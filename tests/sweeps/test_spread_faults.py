@@ -1,5 +1,6 @@
 """Runs over two workers under Ray, hurt in every way; each must end bit for bit like bare processes left in peace."""
 
+import shutil
 import signal
 
 import pytest
@@ -131,3 +132,28 @@ def test_more_workers_than_there_are(start, tmp_path):
     line = "error: scaling.num_workers 3: 3 x 1 CPU do not fit the cluster (2 CPU and 0 GPU); use at most 2 workers"
     assert line in " ".join(sweep.text.split())
     assert "Traceback" not in sweep.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "fsdp"])
+def test_a_machine_that_is_lost_with_all_its_files(start, tmp_path, strategy):
+    """What --storage holds is enough for another machine to go on, with the same command."""
+    output, storage = tmp_path / "results", tmp_path / "elsewhere"
+    command = ["--axis", "optimizer.lr=0.01", "--axis", "seed=0", "--storage", storage.as_uri()]
+    command += [] if strategy == "single" else ["--scaling.num-workers", "2", *STRATEGIES[strategy]]
+    states = "checkpoints" if strategy == "single" else "training"
+    sweep = start(output, *command)
+    sweep.wait_until(lambda: any(storage.glob(f"small-*/runs/*/{states}/step-0000002*")))
+    sweep.kill()
+    sweep.assert_nothing_left()
+    shutil.rmtree(output)
+    again = start(output, *command)
+    assert again.wait() == 0, again.text
+    assert "1 runs come from" in again.text
+    (run,) = (RunFolder(path.parent) for path in output.glob("small-*/runs/*/run.json"))
+    (there,) = (RunFolder(path.parent) for path in storage.glob("small-*/runs/*/run.json"))
+    assert there.status() == run.status()
+    assert there.journal() == run.journal()
+    assert there.checkpoint_steps() == run.checkpoint_steps()
+    if strategy != "single":
+        assert_as_if_undisturbed(run, tmp_path)

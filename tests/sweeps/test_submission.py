@@ -138,6 +138,26 @@ def test_a_sweep_as_a_job(head, tmp_path):
     assert code == 0 and "SUCCEEDED" in printed and "--preset smoke" in printed
 
 
+def test_a_llama_on_two_workers_as_a_job(head, tmp_path):
+    """FSDP2 under Ray Train in a submitted job; its checkpoint is a plain Hugging Face folder, its curves in MLflow."""
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "results"
+    spread = ["--axis", "architecture=llama", "--scaling.strategy", "fsdp", "--scaling.num-workers", "2"]
+    arguments = ["sweeps/llama_grokking.py", "--output", output, "--", "--preset", "smoke", *spread]
+    code, printed = finish(submit(head, *arguments))
+    assert code == 0, printed
+    (run,) = SweepFolder(next(output.glob("llama_grokking-*"))).runs()
+    assert run.status().state == "finished"
+    model = AutoModelForCausalLM.from_pretrained(run.checkpoint_folder(60))
+    assert model.config.model_type == "llama"
+    with sqlite3.connect(output / "mlflow.db") as connection:
+        query = "select count(*) from metrics where key = 'eval/test_inferred_iid/accuracy'"
+        assert connection.execute(query).fetchone()[0] == sum(
+            "eval/test_inferred_iid/accuracy" in line["metrics"] for line in run.journal()
+        )
+
+
 def test_a_sweep_with_a_failing_run(head, project, tmp_path):
     """Its exit code is the job's; so is that of a mistake in the sweep's own options."""
     code, printed = finish(submit(head, project / "sweeps/failing.py", "--output", tmp_path, "--", "--preset", "smoke"))
