@@ -132,7 +132,10 @@ def make_trainer(folder: RunFolder, log_file: Path, mirror: Mirror | None = None
         scaling_config=ScalingConfig(
             num_workers=demand.num_workers, use_gpu=on_gpu, resources_per_worker=demand.per_worker
         ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(max(1, scaling.timeout_s))),
+        # gloo beside NCCL: with offload, norms and states are reduced on the CPU
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=int(max(1, scaling.timeout_s))
+        ),
         run_config=RunConfig(  # type: ignore[arg-type]
             name=STATES,
             storage_path=place,

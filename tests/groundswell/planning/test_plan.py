@@ -72,6 +72,7 @@ def test_a_faster_gpu_is_faster(planner):
     assert row(slow, "single").compute_s == pytest.approx(5 * row(fast, "single").compute_s, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mib", [40, 80, 200])
 def test_the_micro_batch_is_the_largest_that_fits(planner, mib):
     plan = planner.plan(Machine(small_gpu(mib), 2, reserve_gib=0))
@@ -132,6 +133,7 @@ def test_extras_are_counted(roomy):
     assert ours.step_s > theirs.step_s
 
 
+@pytest.mark.slow
 def test_storage_follows_the_schedule_and_the_keep_rule():
     every = {"checkpointing.schedule": {"class": "groundswell.schedule.Every", "every": 900}}
     storage = Planner("test", subject(**every)).plan(Machine(A100, 1)).storage
@@ -142,6 +144,7 @@ def test_storage_follows_the_schedule_and_the_keep_rule():
     assert Planner("test", subject(**last)).plan(Machine(A100, 1)).storage.num_weights == 3
 
 
+@pytest.mark.slow
 def test_epochs():
     plan = Planner("test", subject(**{"budget.epochs": 10})).plan(Machine(A100, 1))
     assert plan.num_updates == 10 * 1  # 64 examples, one batch an epoch
@@ -156,6 +159,7 @@ def test_a_model_without_network_runs_on_one_gpu_only(tiny):
         planner.plan(Machine(A100, 4))
 
 
+@pytest.mark.slow
 def test_dropout_costs_memory_but_where_blocks_are_recomputed(roomy):
     plan = Planner("test", subject(**{"model.dropout": 0.1})).plan(Machine(A100, 8))
     assert row(plan, "ddp").memory.activations > 1.1 * row(roomy, "ddp").memory.activations
@@ -195,6 +199,7 @@ def test_schema_and_planner_agree(planner, roomy):
         assert planner.experiment.with_overrides({"scaling": Scaling.from_dict(one.scaling.to_dict())})
 
 
+@pytest.mark.slow
 def test_decoder_and_transformers_model_of_one_size_agree():
     """The same network twice; transformers writes the activation function out, so it saves more."""
     shape = {"num_layers": 3, "num_heads": 4, "width": 128}

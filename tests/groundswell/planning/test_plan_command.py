@@ -51,6 +51,7 @@ def test_the_flags_are_a_setting_that_plans_the_same(file, capsys):
     assert best[0] == best[1]
 
 
+@pytest.mark.slow
 def test_fields_can_be_overridden(file, capsys):
     wide = planned(capsys, file, "--model.width", 64, "--scaling.precision=bf16")
     narrow = planned(capsys, file)

@@ -51,7 +51,12 @@ def short(tiny):
     return tiny.with_overrides({"budget.steps": 30, "metrics_every": 1, "budget.batch_size": 31})
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+QUICK = ("ddp_accumulated", "fsdp")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
+)
 def test_losses_and_evaluations_of_30_steps(short, make_run, name):
     alone = make_run(short, "alone")
     trainer = PackTrainer([alone])

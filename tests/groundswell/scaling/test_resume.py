@@ -52,6 +52,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not(tiny, make_run, st
     assert_equal_runs(cut, whole)
 
 
+@pytest.mark.slow
 def test_fsdp_goes_on_with_another_number_of_workers(tiny, make_run):
     experiment = tiny.with_overrides(FSDP | GROUPS | {"scaling.num_workers": 2, "metrics_every": 1})
     whole, cut = make_run(experiment, "whole"), make_run(experiment, "cut")
