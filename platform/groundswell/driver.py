@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,6 +224,8 @@ class Driver:
             raise ConfigError("scaling.device: the cluster has no GPU; use cpu or auto")
         self.on_gpu = on_gpu
         runs = list(self.planned.values()) or self._one_setting()
+        if find_spec("deepspeed") is None and any(r.experiment.scaling.strategy == "deepspeed" for r in runs):
+            raise ConfigError("scaling.strategy: DeepSpeed is not installed; pip install deepspeed, or use fsdp")
         demands = {Demand.of(run.experiment.scaling, on_gpu) for run in runs}
         self.workers = concurrent_runs(cluster_nodes(), demands)
         self.source = self._make_source(on_gpu)

@@ -243,6 +243,11 @@ class Experiment(Config):
     @model_validator(mode="after")
     def _check(self) -> Experiment:
         self.model.check(self.task)
+        if self.scaling.distributed and type(self.model).network is Model.network:
+            name = type(self.model).__name__
+            raise ValueError(
+                f"scaling.strategy {self.scaling.strategy}: {name} cannot be spread over workers; use single"
+            )
         return self
 
     @property

@@ -100,3 +100,12 @@ def test_which_checkpoints_are_due_and_which_stay(tiny):
     assert [step for step in range(1, 61) if plan.stays(step)] == [7, 20, 40, 60]
     last = plan.with_overrides({"checkpointing.keep": "last"})
     assert [step for step in range(1, 61) if last.stays(step)] == [7, 60]
+
+
+def test_a_model_that_cannot_be_spread(tiny):
+    from models.bilinear import Bilinear
+
+    message = "scaling.strategy fsdp: Bilinear cannot be spread over workers; use single"
+    with pytest.raises(ConfigError, match=message):
+        tiny.with_overrides({"model": Bilinear(), "scaling.strategy": "fsdp"})
+    assert tiny.with_overrides({"model": Bilinear()}).model == Bilinear()

@@ -137,7 +137,7 @@ class DeepSpeedEngine(Engine):
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise ConfigError(
-                f"{folder}: DeepSpeed's state cannot be read; delete the folder to go on from an older one"
+                f"{folder}: DeepSpeed's state cannot be read; delete {folder.parent} to start the run again"
             )
 
     def full_weights(self) -> dict[str, Tensor] | None:

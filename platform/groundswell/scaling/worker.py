@@ -1,6 +1,7 @@
 """One run on several workers: the same moments, readings and checkpoints as in a pack, decided by the first worker.
 
-Every worker draws the whole batch and computes its part, so results do not depend on the number of workers.
+Every worker draws the whole batch and computes its part, so results do not depend on the number of workers (but for
+dropout, whose masks each worker draws for itself).
 """
 
 from __future__ import annotations
