@@ -151,8 +151,8 @@ def memory(
 ) -> Memory:
     """Of one GPU, at the worst moment of a step."""
     state = {
-        "single": _single_state,
-        "ddp": _ddp_state,
+        "single": _whole_state,
+        "ddp": _whole_state,
         "fsdp": _fsdp_state,
         "deepspeed": _deepspeed_state,
     }[scaling.strategy](scaling, sizes)
@@ -172,13 +172,8 @@ def memory(
     )
 
 
-def _single_state(scaling: Scaling, sizes: Sizes) -> Memory:
-    """Gradients of frozen tensors have their place in the flat buffer too."""
-    return Memory(weights=4 * sizes.total, gradients=4 * sizes.total, optimizer=ADAM_BYTES * sizes.trained)
-
-
-def _ddp_state(scaling: Scaling, sizes: Sizes) -> Memory:
-    """Gradients are views of DDP's buckets."""
+def _whole_state(scaling: Scaling, sizes: Sizes) -> Memory:
+    """A copy on each GPU: the flat buffers of a pack, or DDP, whose gradients are views of its buckets."""
     return Memory(weights=4 * sizes.total, gradients=4 * sizes.trained, optimizer=ADAM_BYTES * sizes.trained)
 
 

@@ -21,7 +21,8 @@ ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line and one AVX-512 
 
 
 class FlatParameters:
-    """K rows of P values with a named view [K, *shape] for each tensor; gradients accumulate into a twin buffer."""
+    """K rows of P values with a named view [K, *shape] for each tensor; gradients of the trained ones accumulate into a
+    buffer like it."""
 
     def __init__(self, specs: Sequence[ParameterSpec], flat: Tensor) -> None:
         """`specs` in any order; `flat` [K, P] with P from `layout`."""
@@ -29,7 +30,7 @@ class FlatParameters:
         self.layout = layout(self.specs)
         self.num_trained = self.layout.num_trained
         self.flat = flat
-        self.grad = torch.zeros_like(flat)
+        self.grad = flat.new_zeros(len(flat), self.num_trained)
         self.views: dict[str, Tensor] = {}
         for spec in self.specs:
             view = self._slice(self.flat, spec).detach()  # shares memory, own autograd leaf
@@ -128,7 +129,7 @@ class PackedAdamW:
         self.total_updates = total_updates
         self.step_count = step
         trained = slice(0, parameters.num_trained)
-        self.flat, self.grad = parameters.flat.detach()[:, trained], parameters.grad[:, trained]
+        self.flat, self.grad = parameters.flat.detach()[:, trained], parameters.grad
         self.exp_avg = torch.zeros_like(self.flat)
         self.exp_avg_sq = torch.zeros_like(self.flat)
         self.on_cpu = parameters.flat.device.type == "cpu"
