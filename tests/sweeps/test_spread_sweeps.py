@@ -1,5 +1,9 @@
 """Sweeps whose runs each need several workers: on fractions of two cores, and on a cluster of three machines."""
 
+import os
+import subprocess
+import sys
+
 import psutil
 import pytest
 from clusters import start_head
@@ -38,7 +42,7 @@ def test_early_stopping_makes_room_at_once(start, tmp_path):
     """One run at a time fits: the next one begins when the scheduler has stopped its predecessor."""
     output = tmp_path / "results"
     axis = ["--axis", "optimizer.lr=0.01,0.000001,0.0000001", "--axis", "seed=0"]
-    sweep = start(output, *axis, *DDP, "--scheduler", "asha")
+    sweep = start(output, "--preset", "seen", *axis, *DDP, "--scheduler", "asha")
     assert sweep.wait(800) == 0, sweep.text
     runs = {run.description()["axes"]["optimizer.lr"]: run for run in only_sweep(output).runs()}
     assert runs[0.01].status().state == "finished"
@@ -82,11 +86,7 @@ def test_a_machine_that_is_lost(start, tmp_path, three_machines):
     sweep = start(output, *one_run, *DDP, "--address", head.address)
     sweep.wait_until(lambda: any(output.glob("small-*/runs/*/training/step-0000002*")), seconds=600)
     (run,) = only_sweep(output).runs()
-    machine = next(
-        process
-        for process in head.processes[1:]
-        if any("RayTrainWorker" in " ".join(c) for c in commands_below(process))
-    )
+    machine = machine_of_a_worker(head)
     for process in [*psutil.Process(machine.pid).children(recursive=True), machine]:
         process.kill()
     assert sweep.wait(800) == 0, sweep.text
@@ -101,3 +101,40 @@ def commands_below(process) -> list[list[str]]:
         except psutil.Error:
             continue
     return commands
+
+
+def test_a_machine_that_is_drained(start, tmp_path, three_machines):
+    """A preemption that is announced: the state is saved at once, and others go on from it."""
+    head = three_machines
+    while sum(process.poll() is None for process in head.processes) < 3:
+        head.add_node(1)
+    output = tmp_path / "results"
+    one_run = ["--axis", "optimizer.lr=0.01", "--axis", "seed=0", "--checkpointing.schedule.every", "1000"]
+    sweep = start(output, *one_run, *DDP, "--address", head.address)
+    sweep.wait_until(lambda: any(output.glob("small-*/runs/*/metrics.jsonl")), seconds=600)
+    (run,) = only_sweep(output).runs()
+    sweep.wait_until(lambda: run.journal() and run.journal()[-1]["step"] >= 20, seconds=600)
+    assert not any(run.path.glob("training/step-*"))
+    drain(head, machine_of_a_worker(head))
+    sweep.wait_until(lambda: any(run.path.glob("training/step-*")), seconds=600)
+    assert sweep.wait(800) == 0, sweep.text
+    assert_as_if_undisturbed(run, tmp_path)
+
+
+def machine_of_a_worker(head):
+    """One of the machines besides the first that trains."""
+    return next(
+        process
+        for process in head.processes[1:]
+        if any("RayTrainWorker" in " ".join(command) for command in commands_below(process))
+    )
+
+
+def drain(head, machine) -> None:
+    """What a cloud's notice of a preemption becomes in Ray."""
+    arguments = [argument for command in commands_below(machine) for argument in command]
+    node_id = next(argument.split("=")[1] for argument in arguments if argument.startswith("--node_id="))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", head.address]
+    command += ["--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    command += ["--deadline-remaining-seconds", "600"]
+    subprocess.run(command, check=True, env=os.environ | {"RAY_AUTH_MODE": "token"}, timeout=120)
