@@ -30,10 +30,13 @@ class MarkedProcess:
     lost their parent.
     """
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, with_token: bool = False) -> None:
+        """`with_token`: of the tests' own clusters (clusters.py); else the user's."""
         self.mark = uuid.uuid4().hex
         self.log = log.with_name(f"{log.name}-{self.mark[:6]}.log")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        environment = {
+            name: value for name, value in os.environ.items() if with_token or not name.startswith("RAY_AUTH")
+        }
         environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -99,9 +102,9 @@ class MarkedProcess:
 class SweepProcess(MarkedProcess):
     """`python small_sweep.py ARGUMENTS --output ...`."""
 
-    def __init__(self, output: Path, *arguments: str, script: Path = SMALL_SWEEP) -> None:
+    def __init__(self, output: Path, *arguments: str, script: Path = SMALL_SWEEP, with_token: bool = False) -> None:
         command = [sys.executable, str(script), "--output", str(output), "--num-cpus", "2", *arguments]
-        super().__init__(command, output.parent / output.name)
+        super().__init__(command, output.parent / output.name, with_token)
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
@@ -123,8 +126,8 @@ def start():
     """output folder, arguments -> SweepProcess; whatever the test leaves running is ended with it."""
     started: list[SweepProcess] = []
 
-    def start_sweep(output: Path, *arguments: str, script: Path = SMALL_SWEEP) -> SweepProcess:
-        started.append(SweepProcess(output, *arguments, script=script))
+    def start_sweep(output: Path, *arguments: str, **options) -> SweepProcess:
+        started.append(SweepProcess(output, *arguments, **options))
         return started[-1]
 
     yield start_sweep

@@ -83,7 +83,7 @@ def test_a_machine_that_is_lost(start, tmp_path, three_machines):
     head = three_machines
     output = tmp_path / "results"
     one_run = ["--axis", "optimizer.lr=0.01", "--axis", "seed=0"]
-    sweep = start(output, *one_run, *DDP, "--address", head.address)
+    sweep = start(output, *one_run, *DDP, "--address", head.address, with_token=True)
     sweep.wait_until(lambda: any(output.glob("small-*/runs/*/training/step-0000002*")), seconds=600)
     (run,) = only_sweep(output).runs()
     machine = machine_of_a_worker(head)
@@ -110,7 +110,7 @@ def test_a_machine_that_is_drained(start, tmp_path, three_machines):
         head.add_node(1)
     output = tmp_path / "results"
     one_run = ["--axis", "optimizer.lr=0.01", "--axis", "seed=0", "--checkpointing.schedule.every", "1000"]
-    sweep = start(output, *one_run, *DDP, "--address", head.address)
+    sweep = start(output, *one_run, *DDP, "--address", head.address, with_token=True)
     sweep.wait_until(lambda: any(output.glob("small-*/runs/*/metrics.jsonl")), seconds=600)
     (run,) = only_sweep(output).runs()
     sweep.wait_until(lambda: run.journal() and run.journal()[-1]["step"] >= 20, seconds=600)
