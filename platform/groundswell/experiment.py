@@ -7,7 +7,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -253,10 +253,7 @@ class Experiment(Config):
     @property
     def identity(self) -> str:
         """sha256 of what decides the result: the whole tree but for what `Scaling.not_identity` names."""
-        values = self.to_dict()
-        for name in Scaling.not_identity:
-            del values["scaling"][name]
-        return hash_of(values)
+        return identity_of(self.to_dict())
 
     @property
     def run_id(self) -> str:
@@ -281,3 +278,9 @@ class Experiment(Config):
             if isinstance(part, Component):
                 values[name] = {k: v for k, v in values[name].items() if k == CLASS_KEY or k not in part.packable}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def identity_of(values: dict[str, Any]) -> str:
+    """The identity of an experiment that is given as plain values."""
+    scaling = {name: value for name, value in values["scaling"].items() if name not in Scaling.not_identity}
+    return hash_of(values | {"scaling": scaling})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from groundswell import probes
+from groundswell.experiment import identity_of
 from groundswell.files import atomic_write
 from groundswell.rundir import FINAL_STATES, JournalTail, RunFolder, Status
 from groundswell.tracking.names import flatten, key_name, model_name, param_value, tag_value
@@ -360,9 +361,8 @@ def _covering_names(lines: Sequence[dict[str, Any]]) -> set[str]:
 
 
 def _experiment_hash(folder: RunFolder) -> str:
-    """sha256 of the canonical JSON, as `Experiment.identity`, without importing the experiment's classes."""
-    text = json.dumps(folder.experiment_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """`Experiment.identity`, without importing the experiment's classes."""
+    return identity_of(folder.experiment_dict())
 
 
 def _folders(path: Path) -> tuple[Any, ...]:
