@@ -94,9 +94,11 @@ class Head:
         for process in reversed(self.processes):
             process.terminate()
         psutil.wait_procs(family, timeout=END_SECONDS)
-        for process in {*family, *self.family()}:
+        left = {*family, *self.family()}
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(left, timeout=END_SECONDS)
         for process in self.processes:
             process.wait()
         assert not self.family()
