@@ -94,7 +94,9 @@ def test_a_machine_that_is_lost(start, tmp_path, three_machines):
 
 
 def commands_below(process) -> list[list[str]]:
-    commands = []
+    commands: list[list[str]] = []
+    if process.poll() is not None:  # a machine that was lost
+        return commands
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
             commands.append(child.cmdline())
