@@ -83,7 +83,7 @@ class MarkedProcess:
         self.process.kill()
         self.process.wait()
 
-    def assert_nothing_left(self, seconds: float = 60.0) -> None:
+    def assert_nothing_left(self, seconds: float = 180.0) -> None:
         """All of the family is gone soon."""
         end = time.monotonic() + seconds
         while (left := self.family()) and time.monotonic() < end:
