@@ -24,7 +24,7 @@ PRESETS: dict[str, Any] = {  # what it is for, seeds, what differs from the demo
     "smoke": ("does everything work", (0,), {
         "budget.steps": 60, "metrics_every": 20, "checkpointing.schedule.every": 20, "budget.batch_size": 128,
     }),
-    "demo": ("about ten minutes on 2 CPU cores", (0, 1), {"budget.steps": 3_000, "optimizer.weight_decay": 1.0}),
+    "demo": ("both, two seeds, 3,000 steps", (0, 1), {"budget.steps": 3_000, "optimizer.weight_decay": 1.0}),
 }  # fmt: skip
 
 

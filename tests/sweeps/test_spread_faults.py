@@ -4,11 +4,10 @@ import shutil
 import signal
 
 import pytest
-import torch
 from conftest import MarkedProcess, assert_tracked_once
-from safetensors.torch import load_file
 
 from groundswell.rundir import RunFolder, SweepFolder
+from tests.groundswell.run_results import assert_equal_runs
 from tests.groundswell.scaling.workers import run_workers
 
 STRATEGIES = {
@@ -43,13 +42,6 @@ def states(run: RunFolder) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run.path / "training").glob("step-*"))
 
 
-def curves(run: RunFolder):
-    return [
-        (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")})
-        for line in run.journal()
-    ]
-
-
 def assert_as_if_undisturbed(run: RunFolder, tmp_path) -> None:
     assert run.status().state == "finished", run.status()
     twin = RunFolder(tmp_path / "undisturbed" / "runs" / run.run_id)
@@ -57,9 +49,8 @@ def assert_as_if_undisturbed(run: RunFolder, tmp_path) -> None:
     experiment = run.experiment().with_overrides({"objective.pause_s": 0.0})
     twin.write_new(experiment, description["name"], description["axes"], "pack", 0)
     run_workers(twin, experiment.scaling.num_workers)
-    assert curves(run) == curves(twin)
-    mine, others = (load_file(folder.checkpoint_folder(120) / "model.safetensors") for folder in (run, twin))
-    assert all(torch.equal(mine[name], others[name]) for name in others)
+    assert run.checkpoint_step() == twin.checkpoint_step() == 120
+    assert_equal_runs(run, twin)
     assert_tracked_once(SweepFolder(run.path.parents[1]))
 
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from tests.groundswell import run_results
+from tests.groundswell.run_results import curves
 from tests.groundswell.scaling.workers import run_workers, states
 
 DDP = {"scaling.strategy": "ddp"}
@@ -21,22 +21,9 @@ GROUPS = {  # a frozen tensor, one with a rate of its own, one that climbs
 }
 
 
-def weights(folder):
-    return load_file(folder.checkpoint_folder(folder.checkpoint_step()) / "model.safetensors")
-
-
-def curves(folder):
-    return [
-        (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")})
-        for line in folder.journal()
-    ]
-
-
 def assert_equal_runs(one, other):
     assert one.status().state == other.status().state == "finished"
-    assert curves(one) == curves(other)
-    mine, others = weights(one), weights(other)
-    assert all(torch.equal(mine[name], others[name]) for name in others)
+    run_results.assert_equal_runs(one, other)
 
 
 @pytest.mark.parametrize("strategy", [DDP, FSDP, *ZERO.values()], ids=["ddp", "fsdp", *ZERO])

@@ -9,13 +9,12 @@ import signal
 from typing import ClassVar
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from groundswell import Every, NeverReached, Reached
 from groundswell.training import checkpoint
 from groundswell.training.trainer import PackTrainer
 from tasks.modular_arithmetic import ModularArithmetic
+from tests.groundswell.run_results import assert_equal_runs, curves
 
 
 def train(*folders, stop_after=None):
@@ -26,25 +25,6 @@ def train(*folders, stop_after=None):
             if stop_after is not None and report["step"] >= stop_after:
                 return trainer
     return trainer
-
-
-def final_weights(folder):
-    return load_file(folder.checkpoint_folder(folder.checkpoint_step()) / "model.safetensors")
-
-
-def curves(folder):
-    """The journal without what depends on the clock."""
-    return [
-        (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith("perf/")})
-        for line in folder.journal()
-    ]
-
-
-def assert_equal_runs(one, other):
-    assert curves(one) == curves(other)
-    weights, others = final_weights(one), final_weights(other)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def assert_nearly_equal_curves(packed, alone):
