@@ -35,7 +35,7 @@ def test_killed_driver(start, output, folder, undisturbed):
     assert done and half
     before = fingerprint(done)
     saved = {run.run_id: run.checkpoint_step() for run in half}
-    weights = {path: path.stat().st_ino for run in half for path in run.checkpoints.glob("*/model.safetensors")}
+    weights = {path: path.stat().st_ino for run in half for path in run.checkpoints.glob("step-*/model.safetensors")}
 
     again = start(output, "--pack", "1")
     assert again.wait() == 0, again.text
