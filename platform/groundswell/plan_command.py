@@ -26,7 +26,9 @@ class Options:
     """
 
     experiment: Annotated[str, tyro.conf.Positional] = ""
-    """a preset of sweeps/plans, or a .yaml, .json or .py file (with `experiment` or `sweep`, perhaps `plan_extras`)"""
+    """a preset of sweeps/plans, a .yaml, .json or .py file (`experiment`, perhaps `plan_extras`), or a sweep file"""
+    preset: str = "demo"
+    """of a sweep file: the preset whose first run is planned"""
     gpus: int = 1
     """GPUs of the run"""
     gpu: str = "h200"
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     gpu = _gpu(options)
     weak = _counts(options.weak_scaling)
-    subject = inputs.load(options.experiment, fields)
+    subject = inputs.load(options.experiment, fields, options.preset)
     from groundswell.planning import report  # imports torch
     from groundswell.planning.plan import Machine, Planner
 

@@ -66,14 +66,28 @@ def test_killed_worker(begin, tmp_path, strategy):
     sweep.assert_nothing_left()
 
 
+def shorten_newest(run: RunFolder) -> None:
+    """As if the power had gone before the state was on disk."""
+    newest = max((run.path / "training").glob("step-*"))
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+
+
+def empty_record(run: RunFolder) -> None:
+    """As if the driver had died while Ray Train wrote it."""
+    (run.path / "training" / "checkpoint_manager_snapshot.json").write_bytes(b"")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "zero_2"])
-def test_killed_driver(begin, tmp_path, strategy):
+@pytest.mark.parametrize(("strategy", "hurt"), [("fsdp", shorten_newest), ("zero_2", empty_record), ("zero_2", None)])
+def test_killed_driver(begin, tmp_path, strategy, hurt):
     sweep, run = begin(strategy)
-    sweep.wait_until(lambda: max(states(run), default=0) >= 20)
+    sweep.wait_until(lambda: max(states(run), default=0) >= 40)
     sweep.kill()
     sweep.assert_nothing_left()
     assert run.status().state == "running"
+    if hurt:
+        hurt(run)
     again, _ = begin(strategy)
     assert again.wait() == 0, again.text
     assert_as_if_undisturbed(run, tmp_path)

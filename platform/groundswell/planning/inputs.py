@@ -1,4 +1,4 @@
-"""What is planned: an experiment of a file (YAML, JSON, Python) or a preset, with overrides."""
+"""What is planned: an experiment of a file (YAML, JSON, Python, a sweep) or a preset, with overrides."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in files if path.suffix in SUFFIXES and not path.stem.startswith("_")}
 
 
-def load(name: str, overrides: Mapping[str, Any]) -> Subject:
-    """By a file's path or a preset's name. Raises ConfigError for what is neither, or defines no experiment."""
+def load(name: str, overrides: Mapping[str, Any], sweep_preset: str | None = None) -> Subject:
+    """By a file's path or a preset's name; of a sweep file, the first run of its `sweep_preset`.
+
+    Raises ConfigError for what is neither, or defines no experiment, and for a sweep file without `sweep_preset`.
+    """
     path = Path(name)
     if path.suffix not in SUFFIXES:
         known = presets()
@@ -51,20 +54,38 @@ def load(name: str, overrides: Mapping[str, Any]) -> Subject:
         path = known[name]
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; write a preset's name or the path of an experiment")
-    subject = _from_python(path) if path.suffix == ".py" else Subject(path.stem, Experiment.from_file(path))
+    if path.suffix == ".py":
+        subject = _from_python(path, sweep_preset)
+    else:
+        subject = Subject(path.stem, Experiment.from_file(path))
     experiment = subject.experiment.with_overrides(dict(overrides)) if overrides else subject.experiment
     return Subject(subject.name, experiment, subject.extras)
 
 
-def _from_python(path: Path) -> Subject:
+def _from_python(path: Path, sweep_preset: str | None) -> Subject:
     module = _run_file(path)
     experiment = getattr(module, "experiment", None)
-    if experiment is None:
-        sweep = getattr(module, "sweep", None)
-        experiment = sweep.base if isinstance(sweep, Sweep) else None
-    if not isinstance(experiment, Experiment):
-        raise ConfigError(f"{path}: defines no experiment; set `experiment = Experiment(...)` or `sweep = Sweep(...)`")
-    return Subject(path.stem, experiment, getattr(module, "plan_extras", None))
+    if isinstance(experiment, Experiment):
+        return Subject(path.stem, experiment, getattr(module, "plan_extras", None))
+    build = getattr(module, "build", None)
+    if not callable(build):
+        raise ConfigError(f"{path}: defines no experiment; set `experiment = Experiment(...)`, or write a sweep")
+    if sweep_preset is None:
+        raise ConfigError(f"{path}: is a sweep; start it with: python {path}")
+    try:
+        sweep = build(sweep_preset)
+    except KeyError:
+        raise ConfigError(
+            f"--preset {sweep_preset}: {path} has no such preset; python {path} --help lists them"
+        ) from None
+    return Subject(sweep.name, _first_run(sweep))
+
+
+def _first_run(sweep: Sweep) -> Experiment:
+    """With the first value of each axis, or one that is drawn where an axis is a range only."""
+    ranges = any(not axis.values for axis in sweep.search_axes().values())
+    settings = sweep.sample(1, 0) if ranges else sweep.grid()
+    return sweep.runs(settings[0])[0].experiment
 
 
 def _run_file(path: Path) -> ModuleType:

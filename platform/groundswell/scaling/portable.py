@@ -20,6 +20,7 @@ from torch import Tensor
 
 from groundswell.config import ConfigError
 from groundswell.files import atomic_folder
+from groundswell.scaling.states import damaged
 
 FOLDER = "portable"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
@@ -44,7 +45,9 @@ class Pieces:
 
 
 def is_portable(state: Path) -> bool:
-    return (state / FOLDER).is_dir()
+    """Is the folder there with all its files?"""
+    names = [path.stem for path in (state / FOLDER).glob("tensors-*-of-*.safetensors")]
+    return bool(names) and len(names) == int(names[0].rpartition("-")[2])
 
 
 def write(state: Path, tensors: Mapping[str, Pieces], optimizer_step: int, file_bytes: int = FILE_BYTES) -> None:
@@ -111,12 +114,3 @@ class Reader:
 
     def optimizer_step(self) -> int:
         return int(self.read(STEP, ()))
-
-
-def damaged(path: Path, reason: object) -> ConfigError:
-    """What to say of a state that cannot be read. Ray Train insists on the states that it has recorded, so that one
-    alone cannot be taken away."""
-    text = " ".join(str(reason).split())
-    return ConfigError(
-        f"{path} cannot be read ({text}); the state is damaged: delete the run's folder training to train anew"
-    )

@@ -14,13 +14,13 @@ from filelock import FileLock
 
 from groundswell.config import ConfigError
 from groundswell.rundir import JournalTail, RunFolder
+from groundswell.scaling import states
 from groundswell.scaling.capacity import Demand
 
 if TYPE_CHECKING:
     from groundswell.mirror import Mirror
 
 log = logging.getLogger(__name__)
-STATES = "training"  # below the run's folder: Ray Train's records, and the states to go on from
 RESTARTS = 3  # times that workers are started again after a failure
 LOCK_SECONDS = 60.0  # workers of a dead predecessor may live on for a moment
 FETCH_SECONDS = 5.0
@@ -115,6 +115,7 @@ def _plain(error: BaseException) -> Exception | str:
 def make_trainer(folder: RunFolder, log_file: Path, mirror: Mirror | None = None) -> Any:
     """Ray Train's trainer of this run."""
     import ray
+    from pyarrow.fs import LocalFileSystem
     from ray.train import CheckpointConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -124,7 +125,9 @@ def make_trainer(folder: RunFolder, log_file: Path, mirror: Mirror | None = None
     scaling = folder.experiment().scaling
     on_gpu = scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     demand = Demand.of(scaling, on_gpu)
-    filesystem, place = (None, str(folder.path.resolve())) if mirror is None else mirror.states_place(folder)
+    local = LocalFileSystem(), str(folder.path.resolve())
+    filesystem, place = local if mirror is None else mirror.states_place(folder)
+    states.States(filesystem, place).mend()
     uri = None if mirror is None else mirror.storage.uri
     return TorchTrainer(
         train_on_worker,
@@ -137,7 +140,7 @@ def make_trainer(folder: RunFolder, log_file: Path, mirror: Mirror | None = None
             backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=int(max(1, scaling.timeout_s))
         ),
         run_config=RunConfig(  # type: ignore[arg-type]
-            name=STATES,
+            name=states.FOLDER,
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=RESTARTS),

@@ -20,7 +20,7 @@ from torch import Tensor
 from groundswell.config import ConfigError
 from groundswell.protocols import Split
 from groundswell.rundir import RunFolder, State
-from groundswell.scaling import portable
+from groundswell.scaling import portable, states
 from groundswell.scaling.control import Control, Leaving, Wish
 from groundswell.scaling.engines import engine_class
 from groundswell.scaling.pieces import Piece, cut, micro_batches
@@ -274,6 +274,7 @@ class WorkerTrainer:
             }
             tensors = {name: torch.tensor(value) for name, value in numbers.items()}
             save_file({"order_generator": before, **tensors, **sums}, folder / RUN_STATE)
+        states.list_files(folder, self.place.rank, self.place.world_size)
         self.report(self.step, folder)
         self._last_checkpoint = time.monotonic()
 

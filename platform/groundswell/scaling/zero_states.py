@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groundswell.scaling.portable import MOMENTS, Pieces, damaged
+from groundswell.scaling.portable import MOMENTS, Pieces
+from groundswell.scaling.states import damaged
 
 PREFIX = "network."  # of the network's tensors in the module that DeepSpeed wraps
 _FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from groundswell.planning import inputs
 from groundswell.planning.report import flags
 from models.decoder import Decoder
 from tasks.random_tokens import RandomTokens
+
+SWEEPS = Path(__file__).parents[3] / "sweeps"
 
 
 @pytest.fixture
@@ -84,10 +87,13 @@ def test_a_python_file_with_extras(tmp_path, capsys):
     assert found["rows"][0]["memory_bytes"]["extra"] == 32e6
 
 
-def test_a_sweep_file_gives_its_base(tmp_path):
-    path = tmp_path / "study.py"
-    path.write_text("from sweeps.grok_wd_layers import build\nsweep = build('smoke')\n")
-    assert isinstance(inputs.load(str(path), {}).experiment.model, Decoder)
+def test_of_a_sweep_file_the_first_run_of_a_preset():
+    file = str(SWEEPS / "llama_grokking.py")
+    subject = inputs.load(file, {"budget.batch_size": 7}, "demo")
+    assert subject.name == "llama_grokking"
+    assert isinstance(subject.experiment.model, Decoder)  # the first of the axis of architectures
+    assert (subject.experiment.budget.steps, subject.experiment.budget.batch_size) == (3000, 7)
+    assert inputs.load(file, {}, "smoke").experiment.budget.steps == 60
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -104,14 +110,16 @@ def test_a_sweep_file_gives_its_base(tmp_path):
     (["{folder}/none.yaml"], "none.yaml: no such file"),
     (["{folder}/empty.py"], "empty.py: defines no experiment"),
     (["{folder}/broken.py"], "broken.py: NameError: name 'nothing' is not defined"),
+    (["{sweep}", "--preset", "papr"], "has no such preset; python {sweep} --help lists them"),
     (["{file}", "--model.class", "models.bilinear.Bilinear", "--gpus", "4"], "model Bilinear cannot be spread"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_line(arguments, message, file, tmp_path, capsys):
     (tmp_path / "empty.py").write_text("answer = 42\n")
     (tmp_path / "broken.py").write_text("nothing\n")
-    assert main(["plan", *(text.format(file=file, folder=tmp_path) for text in arguments)]) == 2
+    names = {"file": file, "folder": tmp_path, "sweep": SWEEPS / "llama_grokking.py"}
+    assert main(["plan", *(text.format(**names) for text in arguments)]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    assert message.format(**names) in error and "\n" not in error
 
 
 def test_presets_are_listed(capsys):

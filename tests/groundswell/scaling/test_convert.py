@@ -98,6 +98,26 @@ def test_the_number_of_workers_changes_twice(tiny, make_run, undisturbed, stage)
     assert_near(cut, whole)
 
 
+@pytest.mark.slow
+def test_a_state_in_shared_storage(tiny, make_run, tmp_path):
+    """The same files as of a conversion on disk, and nothing else."""
+    here = make_run(tiny.with_overrides(settings(2)), "here")
+    run_workers(here, 2, stop_after=40)
+    there = tmp_path / "storage" / "here" / "runs" / here.run_id
+    there.mkdir(parents=True)
+    shutil.copytree(here.path / "training", there / "training")
+    convert(here)
+    shutil.rmtree(here.path / "training" / "step-00000020")
+    wanted = {path.relative_to(here.path): path.read_bytes() for path in states(here)[-1].rglob("*") if path.is_file()}
+    shutil.rmtree(here.path / "training")
+    uri = (tmp_path / "storage").as_uri()
+    for _ in range(2):  # the second time there is nothing left to do
+        assert commands.main(["convert", str(here.path), "--storage", uri]) == 0
+        newest = there / "training" / "step-00000040"
+        assert {path.relative_to(there): path.read_bytes() for path in newest.rglob("*") if path.is_file()} == wanted
+    assert not (here.path / "training").exists()
+
+
 # ---- the format ----
 
 
@@ -172,7 +192,7 @@ def test_a_run_of_another_strategy(tiny, make_run, capsys):
 
 
 def test_a_run_without_a_state(tiny, make_run, capsys):
-    says(capsys, make_run(tiny.with_overrides(settings(2))), "no training state yet")
+    says(capsys, make_run(tiny.with_overrides(settings(2))), "no training state in")
 
 
 def test_an_unknown_run(saved, capsys):
