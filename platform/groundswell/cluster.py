@@ -31,7 +31,7 @@ QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",  # nobody reads them, and the exporter's thread can bring a worker down
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of no use on one machine
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a worker that saves a state waits for the next of these moments
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a worker that saves a state waits for the next of these moments
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
