@@ -163,7 +163,7 @@ def _label_tokens(dataset: Dataset) -> Tensor:
 
 def _facts(dataset: Dataset) -> tuple[IntArray, NDArray[np.bool_]]:
     """By token ids: values [V, V] of (entity, attribute), -1 where there is no fact, and which facts are ID [V, V]."""
-    train, size = dataset.train, len(dataset.vocabulary)
+    train, size = dataset.train_split, len(dataset.vocabulary)
     tokens = train.tokens.numpy()
     atomic, pairs = prompts_of_length(train, 2), tokens[prompts_of_length(train, 5), :5]
     value_of = np.full(size, -1)

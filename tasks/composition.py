@@ -200,7 +200,7 @@ def tracing_examples(dataset: Dataset, split: str, count: int, seed: int) -> Tra
 
 def _facts(dataset: Dataset) -> tuple[IntArray, NDArray[np.bool_]]:
     """By token ids: tails [V, V] of (head, relation), -1 where there is no fact, and which edges are ID [V, V]."""
-    train, size = dataset.train, len(dataset.vocabulary)
+    train, size = dataset.train_split, len(dataset.vocabulary)
     tokens, targets = train.tokens.numpy(), train.targets[:, 0].numpy()
     atomic, paths = prompts_of_length(train, 2), tokens[prompts_of_length(train, 3), :3]
     tails, is_id = np.full((size, size), -1), np.zeros((size, size), bool)

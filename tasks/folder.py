@@ -44,11 +44,11 @@ class Folder(Task, Traceable):
 
     @property
     def max_length(self) -> int:
-        return self._dataset().train.tokens.shape[1]
+        return self._dataset().train_split.tokens.shape[1]
 
     @property
     def num_answers(self) -> int:
-        return self._dataset().train.targets.shape[1]
+        return self._dataset().train_split.targets.shape[1]
 
     def build(self) -> Dataset:
         dataset = self._dataset()
@@ -214,7 +214,7 @@ def write_folder(dataset: Dataset, path: str | Path, valid_split: str = "test_in
     """
     folder = Path(path)
     kinds = [kind for kind, count in dataset.manifest.get("train_blocks", {}).items() for _ in range(count)]
-    train = _json_rows(dataset.train, dataset.vocabulary, kinds or [""] * len(dataset.train))
+    train = _json_rows(dataset.train_split, dataset.vocabulary, kinds or [""] * len(dataset.train))
     tests = {
         name: _json_rows(split, dataset.vocabulary, [name] * len(split)) for name, split in dataset.evaluation.items()
     }

@@ -7,7 +7,10 @@ import pytest
 import torch
 from text_files import write_documents, write_tokenizer
 
-from groundswell.protocols import IGNORE, Dataset, Split, Task
+from groundswell.protocols import IGNORE, Dataset, Examples, Split, Task
+from tasks.arithmetic import Arithmetic
+from tasks.arithmetic_examples import LengthTask
+from tasks.arithmetic_rows import longest_run
 from tasks.chain import Chain
 from tasks.chain_related import ChainRelated
 from tasks.comparison import Comparison
@@ -16,9 +19,11 @@ from tasks.composition import Composition
 from tasks.examples import row_texts
 from tasks.folder import Folder, write_folder
 from tasks.modular_arithmetic import ModularArithmetic
+from tasks.positional_or import PositionalOr
 from tasks.random_tokens import RandomTokens
 from tasks.reverse import Reverse
 from tasks.reverse_icl import ReverseICL
+from tasks.sorting import Sorting
 from tasks.text import Text
 from tasks.vocabulary import PAD, SPECIAL_TOKENS
 
@@ -50,13 +55,24 @@ TASKS = {
         entity_vocab_size=40, alphabet_size=30, num_train_triples=12, num_validation_triples=6
     ),
 }
+LENGTHS = {  # their training rows are made when they are read, and their evaluation splits have a width of their own
+    "addition": Arithmetic(max_first=3, max_second=3, num_examples=500, num_test=20, test_lengths=(2, 5)),
+    "mixed operations": Arithmetic(operation="mixed", reverse="answer", num_examples=500, num_test=20),
+    "multiplication on all tokens": Arithmetic(
+        operation="multiplication", loss_on="all", num_examples=500, num_test=20
+    ),
+    "hints": Arithmetic(index_hints=True, vocabulary="index", num_examples=500, num_test=20),
+    "spaces": Arithmetic(space_probability=0.2, num_examples=500, num_test=20),
+    "sorting": Sorting(num_examples=500, num_test=20, test_lengths=(3, 12)),
+    "positional or": PositionalOr(max_first=8, max_second=8, test_fraction=0.2, num_test=20, test_lengths=(3, 12)),
+}
 TEXTS = {"text": {}, "text in padded rows": {"packing": "padded", "max_documents": 50}}  # these need files
 
 
-@pytest.fixture(params=[*TASKS, *TEXTS])
+@pytest.fixture(params=[*TASKS, *LENGTHS, *TEXTS])
 def any_task(request: pytest.FixtureRequest, tmp_path) -> Task:
-    if request.param in TASKS:
-        return TASKS[request.param]
+    if request.param in TASKS | LENGTHS:
+        return (TASKS | LENGTHS)[request.param]
     documents, tokenizer = write_documents(tmp_path / "text.jsonl"), write_tokenizer(tmp_path)
     return Text(path=str(documents), tokenizer=str(tokenizer), length=8, **TEXTS[request.param])
 
@@ -66,13 +82,21 @@ def task(request: pytest.FixtureRequest) -> Task:
     return TASKS[request.param]
 
 
+@pytest.fixture(params=LENGTHS)
+def length_task(request: pytest.FixtureRequest) -> LengthTask:
+    return LENGTHS[request.param]
+
+
 @pytest.fixture
 def dataset(task: Task) -> Dataset:
     return task.build()
 
 
 def splits(dataset: Dataset) -> dict[str, Split]:
-    return {"train": dataset.train, **dataset.evaluation}
+    train = dataset.train
+    if isinstance(train, Examples):
+        train = train.select(torch.arange(len(train)))
+    return {"train": train, **dataset.evaluation}
 
 
 def assert_equal(one: Dataset, other: Dataset) -> None:
@@ -105,13 +129,21 @@ def test_shapes_and_bounds(any_task: Task) -> None:
     if dataset.answer.token_kinds is not None:
         assert dataset.answer.token_kinds.shape == (task.vocab_size,)
     assert task.num_train in (None, len(dataset.train))
-    for split in splits(dataset).values():
+    for name, split in splits(dataset).items():
         assert len(split) > 0
-        assert split.tokens.shape == (len(split), task.max_length)
-        assert split.positions.shape == split.targets.shape == (len(split), task.num_answers)
+        if name == "train" or not isinstance(task, LengthTask):
+            assert split.tokens.shape == (len(split), task.max_length)
+            assert split.positions.shape == split.targets.shape == (len(split), task.num_answers)
+        else:
+            assert split.tokens.shape[1:] == dataset.evaluation["test"].tokens.shape[1:]
+            assert (
+                split.positions.shape
+                == split.targets.shape
+                == (len(split), dataset.evaluation["test"].targets.shape[1])
+            )
         assert {t.dtype for t in (split.tokens, split.positions, split.targets)} == {torch.int64}
         assert split.tokens.min() >= 0 and split.tokens.max() < task.vocab_size
-        assert split.positions.min() >= 0 and split.positions.max() < task.max_length
+        assert split.positions.min() >= 0 and split.positions.max() < split.tokens.shape[1]
         assert ((split.targets == IGNORE) | ((split.targets >= 0) & (split.targets < task.vocab_size))).all()
 
 
@@ -176,3 +208,47 @@ def test_written_and_read_back_it_is_the_same(task: Task, dataset: Dataset, tmp_
     assert (folder.max_length, folder.num_answers) == (task.max_length, task.num_answers)
     assert folder.vocab_size == len(loaded.vocabulary)
     assert Folder.from_text(folder.canonical_json()) == folder
+
+
+def test_members_of_a_pack_have_batches_of_one_shape(length_task: LengthTask) -> None:
+    rows = torch.tensor([7, 3])
+    assert length_task.packable == {"seed"}
+    first, other = (task.build() for task in (length_task, length_task.with_overrides({"seed": 1})))
+    assert first.manifest["sha256"] != other.manifest["sha256"]
+    for field in ("tokens", "positions", "targets"):
+        assert getattr(first.train.select(rows), field).shape == getattr(other.train.select(rows), field).shape
+        assert {name: getattr(s, field).shape for name, s in first.evaluation.items()} == {
+            name: getattr(s, field).shape for name, s in other.evaluation.items()
+        }
+
+
+def test_targets_of_lengths_are_what_follows(length_task: LengthTask) -> None:
+    """A next token that is PAD is never a target."""
+    for split in splits(length_task.build()).values():
+        counted = (split.targets != IGNORE) & (split.positions < split.tokens.shape[1] - 1)
+        following = split.tokens.gather(1, (split.positions + 1).clamp(max=split.tokens.shape[1] - 1))
+        assert torch.equal(following[counted], split.targets[counted])
+        assert (split.targets != 0).all() and (split.targets != IGNORE).any(1).all()
+
+
+def test_a_grid_cell_of_lengths(length_task: LengthTask) -> None:
+    """Its widths are known without making it, and it is the same for every seed of the task."""
+    most = length_task.trained_lengths
+    for first, second in [(2, 3), (5, 2), (most[0] + 3, most[1] + 2)]:
+        cell = length_task.cell(first, second, 10, seed=1)
+        prompt, answer = length_task.cell_shape(first, second)
+        assert 0 < len(cell) <= 10
+        assert int(cell.positions[:, 0].max()) < prompt and cell.targets.shape[1] <= answer
+        assert cell.tokens.shape[1] < prompt + answer
+        other = length_task.with_overrides({"seed": 5}).cell(first, second, 10, seed=1)
+        assert torch.equal(cell.tokens, other.tokens) and torch.equal(cell.targets, other.targets)
+    assert length_task.cell(*most, 1, 0).tokens.shape[1] <= length_task.max_length
+
+
+def test_the_longest_number_of_lengths(length_task: LengthTask) -> None:
+    found = {name: longest_run(split.tokens.numpy()) for name, split in splits(length_task.build()).items()}
+    assert found.pop("train") <= length_task.longest_number
+    assert max(found.values()) <= length_task.longest_test_number
+    first, second = length_task.trained_lengths
+    cell = longest_run(length_task.cell(first, second, 200, 0).tokens.numpy())
+    assert cell <= length_task.longest_number <= cell + 1  # a last carry needs luck
