@@ -78,21 +78,28 @@ def _joined(known: Pass, found: Pass, num_known: int) -> Pass:
 
 
 @torch.no_grad()
-def generate(model: Decoder, parameters: Parameters, prompts: Tensor, num_tokens: int) -> Tensor:
+def generate(
+    model: Decoder, parameters: Parameters, prompts: Tensor, num_tokens: int, stop_token: int | None = None
+) -> Tensor:
     """As `Model.generate`; after the prompt each step computes one token. Raises ValueError where positions run out."""
     length = prompts.shape[-1]
     table = parameters.get("transformer.wpe.weight")
     if table is not None and length + num_tokens - 1 > table.shape[1]:
         raise ValueError(f"{length} + {num_tokens} tokens do not fit the {table.shape[1]} positions of the model")
     caches: list[Tensor | None] = [None] * model.num_effective_layers
-    tokens, found = prompts, []
-    for _ in range(num_tokens):
+    tokens, found = prompts, prompts.new_zeros(*prompts.shape[:2], num_tokens)
+    ended = torch.zeros_like(prompts[:, :, :1], dtype=torch.bool)
+    for number in range(num_tokens):
         x = model.embed(parameters, tokens, start=0 if caches[0] is None else caches[0].shape[2])
         for layer, past in enumerate(caches):
             x = model.before_block(parameters, layer, x)
             last = 1 if layer == len(caches) - 1 else None
             x, own, _ = extend(model, parameters, layer, x, past, last)
             caches[layer] = own if past is None else torch.cat([past, own], dim=2)
-        tokens = model.unembed(parameters, model.final_norm(parameters, x)).argmax(-1)
-        found.append(tokens)
-    return torch.cat(found, -1)
+        tokens = model.unembed(parameters, model.final_norm(parameters, x)).argmax(-1).masked_fill(ended, 0)
+        found[:, :, number] = tokens[:, :, 0]
+        if stop_token is not None:
+            ended = ended | (tokens == stop_token)
+            if ended.all():
+                break
+    return found

@@ -304,8 +304,10 @@ class Decoder(Model):
         """tokens [K, B, T] -> logits at every position [K, B, T, V]."""
         return self.unembed(parameters, self.hidden_states(parameters, tokens)[:, -1])
 
-    def generate(self, parameters: Parameters, prompts: Tensor, num_tokens: int) -> Tensor:
-        return cached.generate(self, parameters, prompts, num_tokens)
+    def generate(
+        self, parameters: Parameters, prompts: Tensor, num_tokens: int, stop_token: int | None = None
+    ) -> Tensor:
+        return cached.generate(self, parameters, prompts, num_tokens, stop_token)
 
     def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
         """Matrix-multiply FLOPs of `answer_logits` for one example."""

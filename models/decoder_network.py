@@ -37,7 +37,7 @@ class DecoderNetwork(nn.Module):
         self.blocks = list(blocks)
         self._own = [spec.name for spec in specs if not spec.name.startswith(BLOCK_PREFIX)]
         for spec in specs:
-            _place(self, spec)
+            place(self, spec)
 
     def forward(self, tokens: Tensor, positions: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """tokens [B, T], positions [B, A] -> logits [B, A, V]. The last block and the head see answers only."""
@@ -94,7 +94,7 @@ def _drawing_from(generator: torch.Generator, state: Tensor) -> Iterator[None]:
             generator.set_state(now)
 
 
-def _place(root: nn.Module, spec: ParameterSpec) -> None:
+def place(root: nn.Module, spec: ParameterSpec) -> None:
     *path, last = spec.name.split(".")
     module = root
     for part in path:
