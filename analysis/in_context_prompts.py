@@ -87,9 +87,10 @@ def training_facts(dataset: Dataset) -> IntArray:
     is about one entity: e1 == e2, and the last column is the value."""
     num_values = dataset.manifest["train_blocks"]["id_atomic"]
     # <q><e><attr><mask></q><a><value></a>
-    rows, said = dataset.train.tokens[:num_values].numpy(), dataset.train.targets[:num_values, 1].numpy()
+    train = dataset.train_split
+    rows, said = train.tokens[:num_values].numpy(), train.targets[:num_values, 1].numpy()
     value, attribute = said - dataset.vocabulary.index("<0>"), rows[:, 2] - dataset.vocabulary.index("<attr_0>")
-    comparisons = comparison_rows(dataset.train.select(slice(num_values, None)), dataset.vocabulary)
+    comparisons = comparison_rows(train.select(slice(num_values, None)), dataset.vocabulary)
     return np.concatenate([np.stack([attribute, rows[:, 1], rows[:, 1], value], axis=1), comparisons])
 
 

@@ -28,6 +28,7 @@ ELSEWHERE = {  # commands of modules that are imported only when they are called
     "train": ("groundswell.train_command", "Train the experiment of a file, on one device or on many workers."),
     "plan": ("groundswell.plan_command", "Will a run fit, what binds, how long does it take, what does it cost."),
     "convert": ("groundswell.scaling.convert", "Make a run's DeepSpeed state one that any number of workers can read."),
+    "arithmetic": ("tasks.arithmetic_text", "Write arithmetic problems as files, and tokenise folders of them."),
     "score": ("analysis.scoring", "Score answers that are files already (all_items.json), ours or the original's."),
     "in-context": ("analysis.in_context", "Compare with language models that read the facts: write, ask, score."),
 }

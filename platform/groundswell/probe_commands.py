@@ -1,4 +1,4 @@
-"""`groundswell evaluate`, `trace`, `probe`: ask probes of checkpoints. Fields of the probes are their options."""
+"""`groundswell evaluate`, `trace`, `grid`, `probe`: ask probes of checkpoints. Probes' fields are their options."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 PROBES = {  # the probes behind a command; those of `probe` are named on its command line
     "evaluate": ("analysis.evaluation.Evaluate",),
     "trace": ("analysis.logit_lens.LogitLens", "analysis.causal_tracing.CausalTracing"),
+    "grid": ("analysis.arithmetic_grid.LengthGrid",),
     "probe": (),
 }
 HELP = {
     "evaluate": "Evaluate checkpoints on whole splits with a pool of actors: exact match, losses, answers as text.",
     "trace": "Look into checkpoints: what is known where in the network, and which states matter (lens, tracing).",
+    "grid": "Evaluate checkpoints of arithmetic tasks on a grid of operand lengths, in parts by a pool of actors.",
     "probe": "Ask any probes of checkpoints: --probe some.module.ClassName ...; their fields become options.",
 }
 MAX_HEADLINES = 8

@@ -6,27 +6,32 @@ An actor that dies is replaced, and its job goes to another one. Answers appear 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from groundswell.config import ConfigError
-from groundswell.probes import Probe, ask, look_over_time
+from groundswell.probes import DividedProbe, Opened, Part, Probe, ask, ask_part, look_over_time, open_checkpoint
 from groundswell.rundir import RunFolder, SweepFolder
 
 log = logging.getLogger(__name__)
 LOG = Path("log") / "probes.log"  # in a sweep's folder
+Key = tuple[Path, int | None, str, str]  # run's folder, step, name of a divided probe, name of a part
 RETRIES = 3  # times a job whose actor died goes to another one; actors that die in a row before they have started
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to ask; without a step, a run whose answers are looked at together."""
+    """One checkpoint to ask; without a step, a run whose answers are looked at together.
+
+    A divided probe's job has `parts`, jobs of their own that come before it; such a job has its `part`.
+    """
 
     sweep: SweepFolder
     run: RunFolder
@@ -35,24 +40,57 @@ class Job:
     task: str  # the run's task; jobs of one task share its data set
     threads: int = 1
     may_use_gpu: bool = False
+    parts: tuple[Part, ...] = ()
+    part: Part | None = None
 
     @property
-    def key(self) -> tuple[Path, int | None]:
+    def key(self) -> Key:
+        divided = [probe.name() for probe in self.probes[:1] if isinstance(probe, DividedProbe)]
+        return self.run.path, self.step, "".join(divided), self.part.name if self.part else ""
+
+    @property
+    def checkpoint(self) -> tuple[Path, int | None]:
         return self.run.path, self.step
+
+    def part_jobs(self) -> list[Job]:
+        return [replace(self, parts=(), part=part) for part in self.parts]
 
 
 def answer(job: Job, device: str = "cpu") -> list[str]:
     """Returns what went wrong, a line each."""
     start = time.monotonic()
     try:
-        failed = _look_over_time(job) if job.step is None else ask(job.run, job.step, job.probes, device)
+        if job.step is None:
+            failed = _look_over_time(job)
+        elif job.part is not None:
+            failed = _ask_part(job, job.step, job.part, device)
+        else:
+            failed = ask(job.run, job.step, job.probes, device)
     except Exception as error:
         log.exception("run %s step %s: not probed", job.run.run_id, job.step)
         return [one_line(error)]
     for name, trouble in failed.items():
         log.error("run %s step %s: %s failed", job.run.run_id, job.step, name, exc_info=trouble)
-    log.info("run %s step %s: %.2f s", job.run.run_id, job.step, time.monotonic() - start)
+    part = f" {job.part.name}" if job.part else ""
+    log.info("run %s step %s%s: %.2f s", job.run.run_id, job.step, part, time.monotonic() - start)
     return [f"{name}: {one_line(trouble)}" for name, trouble in failed.items()]
+
+
+def _ask_part(job: Job, step: int, part: Part, device: str) -> dict[str, Exception]:
+    (probe,) = job.probes
+    assert isinstance(probe, DividedProbe)
+    opened = _open_once(job.run.path, step, device)
+    try:
+        ask_part(job.run, opened, probe, part)
+    except Exception as error:
+        return {probe.name(): error}
+    return {}
+
+
+@functools.lru_cache(maxsize=1)
+def _open_once(run: Path, step: int, device: str) -> Opened:
+    """A process answers the parts of one checkpoint after the other."""
+    return open_checkpoint(RunFolder(run), step, device)
 
 
 def _look_over_time(job: Job) -> dict[str, Exception]:
@@ -142,7 +180,7 @@ class ProbePool:
         self._members: list[_Member] = []
         self._waiting: dict[str, deque[Job]] = {}  # by task
         self._under_way: dict[Any, _Member] = {}  # Ray's reference -> whose call it is
-        self._deaths: Counter[tuple[Path, int | None]] = Counter()  # of actors, by the job they had
+        self._deaths: Counter[Key] = Counter()  # of actors, by the job they had
         self._failed_starts = 0  # in a row
 
     @property
@@ -157,6 +195,11 @@ class ProbePool:
     def submit(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self._waiting.setdefault(job.task, deque()).append(job)
+
+    def submit_first(self, jobs: Iterable[Job]) -> None:
+        """Before what waits already."""
+        for job in jobs:
+            self._waiting.setdefault(job.task, deque()).appendleft(job)
 
     def grow(self, count: int, num_cpus: int = 1, on_gpu: bool = False, idle_time: bool = False) -> None:
         """Start actors until there are so many. `idle_time`: they give way to everything else on the machine."""
@@ -225,7 +268,7 @@ class ProbePool:
             troubles = [last]
         self._failed_starts, member.ready = 0, True
         if job is not None:
-            self.submit(self._finished(job, troubles))
+            self.submit_first(self._finished(job, troubles))
 
     def _replace(self, member: _Member, job: Job | None) -> None:
         log.warning("a probe actor died while it %s", f"asked {job.key}" if job else "started")
@@ -238,9 +281,9 @@ class ProbePool:
         else:
             self._deaths[job.key] += 1
             if self._deaths[job.key] > RETRIES:
-                self.submit(self._finished(job, ["the process that asked died, and died again after each retry"]))
+                self.submit_first(self._finished(job, ["the process that asked died, and died again after each retry"]))
             else:
-                self._waiting.setdefault(job.task, deque()).appendleft(job)
+                self.submit_first([job])
         self._start(member.num_cpus, member.on_gpu, member.idle_time)
 
     def _kill(self, member: _Member) -> None:

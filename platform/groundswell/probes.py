@@ -3,15 +3,19 @@
 What a probe finds is kept in `runs/<id>/probes/step-N/<probe>/`: scalars.json, *.npy, *.csv, *.png, texts, and
 probe.json, which says what was asked. A question that has been answered is not asked again. What the answers of a run
 show together is in `runs/<id>/probes/over_time/<probe>/`.
+
+A big question is divided into parts, which several processes answer. Each part is kept as it ends, in
+`runs/<id>/probes/parts/step-N/<probe>-<digest>/<part>/`, and together they make the answer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from groundswell.experiment import Experiment
 
 SCALARS, QUESTION = "scalars.json", "probe.json"
-OVER_TIME = "over_time"
+OVER_TIME, PARTS = "over_time", "parts"
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,37 @@ class Probe(Component, ABC):
         return None
 
 
+@dataclass(frozen=True)
+class Part:
+    """A piece of a divided question. `name` is its folder's, and says just what `items` is."""
+
+    name: str
+    cost: float  # relative to the other parts'
+    items: tuple[Any, ...] = ()
+
+
+class DividedProbe(Probe):
+    """A question that takes long: many processes answer its parts."""
+
+    def part_question(self) -> str:
+        """What a part's answer depends on, besides its items: questions that agree in it share their parts."""
+        return self.canonical_json()
+
+    @abstractmethod
+    def parts(self, experiment: Experiment, stored: Sequence[Path]) -> list[Part]:
+        """What is left to answer beside the parts in these folders."""
+
+    @abstractmethod
+    def run_part(self, opened: Opened, part: Part) -> Findings: ...
+
+    @abstractmethod
+    def join(self, experiment: Experiment, stored: Sequence[Path]) -> Findings:
+        """The answer, once `parts` has nothing left. The folders may hold more than this question asks for."""
+
+    def run(self, opened: Opened) -> Findings:
+        raise TypeError(f"{self.name()} is answered in parts; `groundswell.probes.ask` does it")
+
+
 def objection(probe: Probe, experiment: Experiment) -> str | None:
     """Why the probe does not ask this run; None where it does."""
     if probe.applies(experiment):
@@ -137,10 +172,41 @@ def ask(folder: RunFolder, step: int, probes: Iterable[Probe], device: str = "cp
     for probe in left:
         assert opened is not None
         try:
-            _write(probe_folder(folder, step, probe.name()), probe.canonical_json(), probe.run(opened))
+            findings = _in_parts(folder, opened, probe) if isinstance(probe, DividedProbe) else probe.run(opened)
+            _write(probe_folder(folder, step, probe.name()), probe.canonical_json(), findings)
         except Exception as error:
             failed[probe.name()] = error
     return failed
+
+
+def _in_parts(folder: RunFolder, opened: Opened, probe: DividedProbe) -> Findings:
+    """The whole answer: what other processes have left of the parts, then all of them together."""
+    for part in parts_left(folder, opened.step, probe):
+        ask_part(folder, opened, probe, part)
+    return probe.join(opened.experiment, _stored_parts(folder, opened.step, probe))
+
+
+def parts_left(folder: RunFolder, step: int, probe: DividedProbe) -> list[Part]:
+    """What is left of the question at this step, the most expensive first."""
+    left = probe.parts(folder.experiment(), _stored_parts(folder, step, probe))
+    return sorted(left, key=lambda part: -part.cost)
+
+
+def ask_part(folder: RunFolder, opened: Opened, probe: DividedProbe, part: Part) -> None:
+    """Answer a part and keep what is found."""
+    path = _parts_folder(folder, opened.step, probe) / check_name(part.name, "part name")
+    if not _holds(path, probe.part_question()):
+        _write(path, probe.part_question(), probe.run_part(opened, part))
+
+
+def _parts_folder(folder: RunFolder, step: int, probe: DividedProbe) -> Path:
+    digest = hashlib.sha256(probe.part_question().encode()).hexdigest()[:12]
+    return folder.path / "probes" / PARTS / f"step-{step:08d}" / check_name(f"{probe.name()}-{digest}", "probe name")
+
+
+def _stored_parts(folder: RunFolder, step: int, probe: DividedProbe) -> list[Path]:
+    found = sorted(_parts_folder(folder, step, probe).glob("*/" + QUESTION))
+    return [path.parent for path in found if not path.parent.name.startswith(".")]
 
 
 def run_probes(folder: RunFolder, probes: Iterable[Probe], step: int | None = None) -> list[Path]:

@@ -10,24 +10,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
 from groundswell import cluster
+from groundswell.asking import Asking, Failure
 from groundswell.config import ConfigError
 from groundswell.interrupts import interruptible
 from groundswell.probe_pool import LOG, Job, ProbePool, answer, logging_to, one_line
-from groundswell.probes import Probe, is_over_time_due, objection, unanswered
+from groundswell.probes import DividedProbe, Probe, is_over_time_due, objection, parts_left, unanswered
 from groundswell.progress import ProbeProgress
 from groundswell.rundir import RunFolder, SweepFolder
 from groundswell.tracking import Tracker, default_uri
 from groundswell.tracking.run_sync import unsent_answers
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5
@@ -46,17 +43,6 @@ class Target:
     sweep: SweepFolder
     run: RunFolder
     steps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Failure:
-    run: RunFolder
-    step: int | None
-    reason: str
-
-    def __str__(self) -> str:
-        where = "" if self.step is None else f" step {self.step}"
-        return f"not probed: {self.run.description()['name']} ({self.run.run_id}){where}: {self.reason}"
 
 
 @dataclass
@@ -93,68 +79,30 @@ def make_plan(targets: Iterable[Target], probes: Sequence[Probe]) -> Plan:
         try:
             experiment = run.experiment()
             told = [(probe, objection(probe, experiment)) for probe in probes]
+            mine = tuple(probe for probe, text in told if text is None)
+            sweep, scaling = SweepFolder(target.sweep.path.resolve()), experiment.scaling
+            task, may_use_gpu = experiment.task.canonical_json(), scaling.device != "cpu"
+            whole = Job(sweep, run, None, mine, task, scaling.num_threads, may_use_gpu)
+            jobs = [job for step in target.steps for job in _checkpoint_jobs(whole, step)]
         except Exception as error:
             plan.failures.append(Failure(run, None, one_line(error)))
             continue
-        mine = tuple(probe for probe, text in told if text is None)
         plan.asked[target.run.path] = mine
         plan.objections += [f"{probe.name()}: {text}" for probe, text in told if text is not None]
-        sweep, scaling = SweepFolder(target.sweep.path.resolve()), experiment.scaling
-        whole = Job(
-            sweep, run, None, mine, experiment.task.canonical_json(), scaling.num_threads, scaling.device != "cpu"
-        )
-        jobs = [replace(whole, step=step) for step in target.steps if unanswered(run, step, mine)]
         plan.jobs += jobs or ([whole] if any(is_over_time_due(run, probe) for probe in mine) else [])
     return plan
 
 
-class Asking:
-    """Keeps count: which jobs there were, what is left of each run, what failed."""
-
-    def __init__(self, answered: Callable[[Job], None], looks_over_time: bool = True) -> None:
-        self._answered = answered  # told of each job that has ended
-        self.looks_over_time = looks_over_time  # once nothing is left of a run
-        self.failures: dict[tuple[Path, int | None], list[Failure]] = {}
-        self.num_answered = 0
-        self._taken: set[tuple[Path, int | None]] = set()
-        self._left: Counter[Path] = Counter()
-
-    @property
-    def num_failed(self) -> int:
-        """Checkpoints with a failure."""
-        return sum(step is not None for _, step in self.failures)
-
-    def is_new(self, run: RunFolder, step: int | None) -> bool:
-        return (run.path.resolve(), step) not in self._taken
-
-    def take(self, jobs: Iterable[Job]) -> list[Job]:
-        """Those that are new."""
-        new = [job for job in jobs if job.key not in self._taken]
-        self._taken.update(job.key for job in new)
-        self._left.update(job.run.path for job in new if job.step is not None)
-        return new
-
-    def finished(self, job: Job, troubles: list[str]) -> list[Job]:
-        """Returns the job that follows: once the last checkpoint of a run is done, its answers together."""
-        if troubles:
-            self.failures[job.key] = [Failure(job.run, job.step, text) for text in troubles]
-        if job.step is not None:
-            self.num_answered += not troubles
-            self._left[job.run.path] -= 1
-        self._answered(job)
-        due = self.looks_over_time and job.step is not None and not self._left[job.run.path]
-        follows = due and any(is_over_time_due(job.run, probe) for probe in job.probes)
-        return [replace(job, step=None)] if follows else []
-
-    def forget_failures(self) -> None:
-        """They may be asked again."""
-        self._taken.difference_update(self.failures)
-        self.failures = {}
-
-    def all_failures(self) -> list[Failure]:
-        """In the order of runs and steps; what is over time comes last."""
-        order = sorted(self.failures, key=lambda key: (str(key[0]), key[1] is None, key[1]))
-        return [failure for key in order for failure in self.failures[key]]
+def _checkpoint_jobs(whole: Job, step: int) -> list[Job]:
+    """What is left to ask: one job for all probes that answer at once, one for each that has parts."""
+    jobs, plain = [], []
+    for probe in unanswered(whole.run, step, whole.probes):
+        if isinstance(probe, DividedProbe):
+            parts = tuple(parts_left(whole.run, step, probe))
+            jobs.append(replace(whole, step=step, probes=(probe,), parts=parts))
+        else:
+            plain.append(probe)
+    return [replace(whole, step=step, probes=tuple(plain)), *jobs] if plain else jobs
 
 
 def answer_here(asking: Asking, jobs: deque[Job], progress: ProbeProgress, interrupted: threading.Event) -> None:
@@ -166,9 +114,9 @@ def answer_here(asking: Asking, jobs: deque[Job], progress: ProbeProgress, inter
         if elapsed > JUDGE_SECONDS and elapsed / max(1, count) * len(jobs) > POOL_START_SECONDS:
             return
         job = jobs.popleft()
-        jobs.extend(asking.finished(job, answer(job)))
+        jobs.extendleft(asking.finished(job, answer(job)))
         count += 1
-        progress.count(asking.num_answered, asking.num_failed)
+        progress.count(asking.num_ended - asking.num_failed, asking.num_failed)
 
 
 def answer_with_pool(pool: ProbePool, asking: Asking, progress: ProbeProgress, interrupted: threading.Event) -> None:
@@ -178,7 +126,7 @@ def answer_with_pool(pool: ProbePool, asking: Asking, progress: ProbeProgress, i
         progress.actors = pool.num_ready
         if pool.num_ready:
             progress.begin()
-        progress.count(asking.num_answered, asking.num_failed)
+        progress.count(asking.num_ended - asking.num_failed, asking.num_failed)
 
 
 def probe_checkpoints(
@@ -217,13 +165,14 @@ def _on_actors(
     interrupted: threading.Event,
 ) -> None:
     where = f"the cluster at {address}" if address else "this machine"
-    steps, runs = sum(job.step is not None for job in jobs), len({job.run.path for job in jobs})
+    runs = len({job.run.path for job in jobs})
+    steps = len({job.checkpoint for job in jobs if job.step is not None})
     text = f"{steps} checkpoints of {runs} runs to ask: starting Ray on {where}"
     console.print(text, soft_wrap=True, highlight=False)
     num_cpus = workers * _threads(jobs) if workers else None
     with (
         logging_to(jobs[0].sweep.path / LOG),
-        ProbeProgress(console, steps) as progress,
+        ProbeProgress(console, asking.num_left) as progress,
         cluster.connect(address, num_cpus) as resources,
         contextlib.closing(ProbePool(probes, asking.finished)) as pool,
     ):
@@ -267,9 +216,8 @@ def finish_asking(
     under_way = live.pool.pending if live else 0
     if not jobs and not under_way:
         return
-    steps = sum(job.step is not None for job in jobs)
-    asking.num_answered = 0
-    with ProbeProgress(console, steps + under_way) as progress:
+    asking.num_ended = 0
+    with ProbeProgress(console, asking.num_left) as progress:
         if not under_way and not (num_gpus and any(job.may_use_gpu for job in jobs)):
             answer_here(asking, jobs, progress, interrupted)
         if jobs or under_way:

@@ -58,7 +58,9 @@ class Progress(LiveLine):
         self.metric, self.mode = metric, mode
         self.total_runs, self.total_work = total_runs, total_work
         self.ended: dict[str, int] = {}
-        self._live_runs: dict[str, tuple[int, int, float, float]] = {}  # run id -> step, total, rate, work
+        # run id -> done of the budget, the whole of it, steps a second, work
+        self._live_runs: dict[str, tuple[float, float, float, float]] = {}
+        self._counted: dict[str, str] = {}
         self._saved_work = 0.0  # work that an earlier session or an early stop has taken off
         self._done_work = 0.0
         self._first_begin: float | None = None
@@ -66,11 +68,15 @@ class Progress(LiveLine):
         self._names: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def begin(self, run_id: str, name: str, step: int, total_steps: int, work: float) -> None:
-        """A run starts (or goes on) at `step`; `work` is that of the whole run."""
+    def begin(
+        self, run_id: str, name: str, step: float, total_steps: float, work: float, counted: str = "step"
+    ) -> None:
+        """A run starts (or goes on) at `step`; `work` is that of the whole run. `counted`: what of a report tells how
+        far it is, where the budget is not one of steps."""
         with self._lock:
             self._first_begin = self._first_begin or time.monotonic()
             self._names[run_id] = name
+            self._counted[run_id] = counted
             self._live_runs[run_id] = (step, total_steps, 0.0, work)
             self._saved_work += work * step / total_steps
 
@@ -86,7 +92,7 @@ class Progress(LiveLine):
             if run_id not in self._live_runs:
                 return
             old_step, total, rate, work = self._live_runs[run_id]
-            step = member.get("step", old_step)
+            step = min(total, member.get(self._counted[run_id], old_step))
             self._done_work += max(0, step - old_step) / total * work
             self._live_runs[run_id] = (step, total, member.get(f"perf/{self.unit}s_per_s", rate), work)
             value = member.get(self.metric)
@@ -135,7 +141,7 @@ class ProbeProgress(LiveLine):
         self.done, self.failed = answered + failed, failed
 
     def line(self) -> str:
-        parts = [f"{self.done}/{self.total} checkpoints"]
+        parts = [f"{self.done}/{self.total} questions"]
         parts += [f"{self.actors} actor{'s' if self.actors > 1 else ''}"] if self.actors else []
         if self._begin is None:
             parts.append("starting actors")
