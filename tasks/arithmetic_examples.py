@@ -139,6 +139,10 @@ class LengthTask(Task, ABC):
         return to_split(rows, int(rows.lengths.max()) - 1, int((rows.lengths - rows.equals).max()) - 1)
 
     @property
+    def resident(self) -> bool:
+        return False  # training rows are made when they are read
+
+    @property
     def vocab_size(self) -> int:
         return len(self.characters)
 

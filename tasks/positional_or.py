@@ -55,6 +55,10 @@ class PositionalOr(LengthTask):
         return int(self._shorter().sum())
 
     @property
+    def resident(self) -> bool:
+        return True
+
+    @property
     def num_train(self) -> int:
         return self.num_problems - self._num_held_out
 

@@ -35,6 +35,7 @@ from groundswell.scaling.capacity import FOLLOWER, Demand, cluster_nodes, concur
 from groundswell.storage import Storage
 from groundswell.sweep import PlannedRun, Sweep, cost, make_packs, unique_runs
 from groundswell.tracking import Tracker
+from groundswell.training.run import TRAINING_SECONDS, seconds_trained
 
 log = logging.getLogger(__name__)
 WORKER_RETRIES = 3  # times a pack whose process died is started again from its checkpoint
@@ -183,6 +184,8 @@ class Driver:
         """Bring Ray up only when something is left to train."""
         if self.options.search != "optuna" and self._all_final():
             return
+        if self.options.scheduler != "none" and self.sweep.base.budget.steps is None:
+            raise ConfigError("budget.seconds: a scheduler compares runs at equal steps; set --budget.steps, too")
         where = f"the cluster at {self.options.address}" if self.options.address else "this machine"
         self.console.print(
             f"{self.sweep.name}: starting Ray on {where}; results go to {self.folder.path}",
@@ -295,7 +298,11 @@ class Driver:
             else:
                 waiting.append(run)
                 e = run.experiment
-                self.progress.begin(run.run_id, run.name, folder.checkpoint_step(), e.budget.total, cost([run]))
+                if e.budget.seconds is None:
+                    self.progress.begin(run.run_id, run.name, folder.checkpoint_step(), e.budget.total, cost([run]))
+                else:
+                    trained = seconds_trained(folder)
+                    self.progress.begin(run.run_id, run.name, trained, e.budget.seconds, cost([run]), TRAINING_SECONDS)
         if not waiting:
             return None
         scaling = waiting[0].experiment.scaling

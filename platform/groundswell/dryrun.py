@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from groundswell import cluster
+from groundswell.budget import Budget
 from groundswell.driver import SweepOptions, listed_runs
 from groundswell.progress import format_seconds
-from groundswell.sweep import PlannedRun, Sweep, cost, make_packs
+from groundswell.sweep import PlannedRun, Sweep, flops_per_step, make_packs
 
 if TYPE_CHECKING:
     from groundswell.training.pack import Pack
@@ -53,7 +54,8 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
         if key not in measured:
             measured[key] = _measure(pack)
         seconds, memory = measured[key].seconds, measured[key].mib
-        steps = pack[0].experiment.budget.total
+        budget = pack[0].experiment.budget
+        steps = budget.total if budget.seconds is None else min(budget.total, round(budget.seconds / seconds))
         total += seconds * steps
         longest = max(longest, seconds * steps)
         peak = max(peak, memory)
@@ -61,7 +63,7 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
             str(number),
             "\n".join(f"{run.name}  [dim]{run.run_id}[/]" for run in pack),
             f"{_num_parameters(pack[0]):,}",
-            f"{steps:,}",
+            f"{'' if budget.seconds is None else 'about '}{steps:,}",
             f"{1e3 * seconds:.1f}",
             format_seconds(seconds * steps),
             f"{memory:,.0f} MiB",
@@ -88,7 +90,8 @@ def _list_spread(sweep: Sweep, runs: list[PlannedRun], console: Console) -> int:
         scaling, budget = run.experiment.scaling, run.experiment.budget
         strategy = f"zero {scaling.zero_stage}" if scaling.strategy == "deepspeed" else scaling.strategy
         name = f"{run.name}  [dim]{run.run_id}[/]"
-        table.add_row(name, f"{_num_parameters(run):,}", f"{budget.total:,}", strategy, str(scaling.num_workers))
+        steps = f"{budget.total:,}" if budget.seconds is None else f"in {format_seconds(budget.seconds)}"
+        table.add_row(name, f"{_num_parameters(run):,}", steps, strategy, str(scaling.num_workers))
     console.print(table)
     console.print(
         "groundswell plan tells the memory and the time of runs over several workers", soft_wrap=True, highlight=False
@@ -118,9 +121,10 @@ def _measure(pack: list[PlannedRun]) -> Measured:
     device = resolve_device(first.scaling)
     examples = first.budget.examples_per_step(len(build_dataset(first).train))
     batch_size = min(first.budget.batch_size, examples)
-    flops = cost(pack) / first.budget.total * batch_size / examples
+    flops = sum(flops_per_step(run.experiment) for run in pack) * batch_size / examples
     tried = max(1, round(batch_size * min(1.0, AFFORDABLE_FLOPS / flops)))
-    changes = {"scaling.compile": False, "scaling.cuda_graph": False, "budget.batch_size": tried, "budget.epochs": None}
+    changes: dict[str, Any] = {"scaling.compile": False, "scaling.cuda_graph": False}
+    changes |= {"budget": Budget(batch_size=tried)}
     program = Pack([Member.create(run.experiment.with_overrides(changes), device) for run in pack])
     scale = batch_size / tried
     kept = _kept_by_backward(program) * scale

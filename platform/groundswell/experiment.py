@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from groundswell.budget import Budget
 from groundswell.config import CLASS_KEY, Component, Config, hash_of
 from groundswell.protocols import Model, Objective, Task
 from groundswell.schedule import Every, LogSpaced, Schedule
@@ -36,7 +37,11 @@ class ParameterGroup(Config):
 
 
 class AdamW(Component):
-    """AdamW with decoupled weight decay, linear warm-up, a schedule, and clipping by global norm."""
+    """AdamW with decoupled weight decay, linear warm-up, a schedule, and clipping by global norm.
+
+    The trapezoid goes by the part f of the budget that is done, whether it counts steps or seconds: the rate rises
+    linearly until f = warmup_fraction, and falls linearly to final_lr from f = 1 - cooldown_fraction on.
+    """
 
     packable = frozenset({"lr", "weight_decay", "beta1", "beta2", "warmup_steps", "clip_norm"})
 
@@ -48,21 +53,45 @@ class AdamW(Component):
     eps: float = Field(1e-8, gt=0)
     warmup_steps: int = Field(0, ge=0, description="the s-th update (from 0) uses lr * min(1, s / warmup_steps)")
     clip_norm: float = Field(1.0, ge=0, description="largest global gradient norm; 0 is no clipping")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of the rate after warm-up; linear and cosine reach final_lr at the last update"
+    schedule: Literal["constant", "linear", "cosine", "trapezoid"] = Field(
+        "constant", description="of the rate after warm-up; all but constant reach final_lr at the end of the budget"
     )
-    final_lr: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a fraction of lr")
+    final_lr: float = Field(0.0, ge=0, le=1, description="where the schedule ends, as a fraction of lr")
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="trapezoid: part of the budget in which the rate rises")
+    cooldown_fraction: float = Field(0.1, ge=0, le=1, description="trapezoid: part in which it falls, at the end")
     groups: tuple[ParameterGroup, ...] = Field((), description="tensors with settings of their own")
 
-    def lr_factor(self, update: int, total_updates: int) -> float:
-        """What the learning rates are multiplied with in update number `update` (from 0)."""
+    @model_validator(mode="after")
+    def _check_schedule(self) -> AdamW:
+        if self.schedule == "trapezoid":
+            if self.warmup_steps:
+                raise ValueError("warmup_steps does not go with the trapezoid; set warmup_fraction instead")
+            if self.warmup_fraction + self.cooldown_fraction > 1:
+                raise ValueError("warmup_fraction and cooldown_fraction are more than 1 together; lower one of them")
+        return self
+
+    def lr_factor(self, update: int, total_updates: int, done: float | None = None) -> float:
+        """What the learning rates are multiplied with in update number `update` (from 0). `done`: part of the budget,
+        where that counts seconds."""
         if update < self.warmup_steps:
             return update / self.warmup_steps
         if self.schedule == "constant":
             return 1.0
-        done = min(1.0, (update - self.warmup_steps) / max(1, total_updates - self.warmup_steps))
+        if done is None:
+            done = (update - self.warmup_steps) / max(1, total_updates - self.warmup_steps)
+        return self._trapezoid(done) if self.schedule == "trapezoid" else self._curve(min(1.0, done))
+
+    def _curve(self, done: float) -> float:
         curve = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.final_lr + (1.0 - self.final_lr) * curve
+
+    def _trapezoid(self, done: float) -> float:
+        if done < self.warmup_fraction:
+            return done / self.warmup_fraction
+        if done <= 1.0 - self.cooldown_fraction:
+            return 1.0
+        left = max(0.0, 1.0 - done) / self.cooldown_fraction if self.cooldown_fraction else 0.0
+        return self.final_lr + (1.0 - self.final_lr) * left
 
     def group_of(self, name: str) -> int:
         """Which group a tensor belongs to: its place in `groups`, or len(groups) for those of no group."""
@@ -82,28 +111,6 @@ class AdamW(Component):
             )
             for group in self.groups
         ] + [rest]
-
-
-class Budget(Config):
-    """How long a run is. With `epochs`, one step of the run is an epoch: metrics_every, the schedules, stop rules and
-    every step number count epochs then (warm-up still counts updates), and an epoch ends with a short batch."""
-
-    steps: int = Field(1_000, gt=0, description="updates; batches run on across epochs, so all are full")
-    epochs: int | None = Field(None, gt=0, description="passes over the training data, in place of steps")
-    batch_size: int = Field(512, gt=0, description="examples an update")
-
-    @property
-    def total(self) -> int:
-        """Steps of the whole run: updates, or epochs."""
-        return self.epochs or self.steps
-
-    @property
-    def unit(self) -> str:
-        return "epoch" if self.epochs else "step"
-
-    def examples_per_step(self, num_train: int | None) -> int:
-        """`num_train` None: unknown, one batch is taken for an epoch."""
-        return num_train if self.epochs and num_train else self.batch_size
 
 
 class StopRule(Component, ABC):
@@ -243,6 +250,11 @@ class Experiment(Config):
     @model_validator(mode="after")
     def _check(self) -> Experiment:
         self.model.check(self.task)
+        if self.budget.batch_ramp is not None:
+            if (self.scaling.micro_batch or self.budget.batch_size) >= self.budget.batch_size:
+                raise ValueError("budget.batch_ramp: grows by micro-batches; set scaling.micro_batch below batch_size")
+            if self.scaling.cuda_graph:
+                raise ValueError("budget.batch_ramp: does not go with scaling.cuda_graph; leave that off")
         if self.scaling.distributed and type(self.model).network is Model.network:
             name = type(self.model).__name__
             raise ValueError(
@@ -283,4 +295,12 @@ class Experiment(Config):
 def identity_of(values: dict[str, Any]) -> str:
     """The identity of an experiment that is given as plain values."""
     scaling = {name: value for name, value in values["scaling"].items() if name not in Scaling.not_identity}
-    return hash_of(values | {"scaling": scaling})
+    budget, optimizer = dict(values["budget"]), dict(values["optimizer"])
+    # What is not used is left out, so that runs made before there were such fields keep their identity.
+    for name in ("seconds", "batch_ramp"):
+        if budget.get(name) is None:
+            budget.pop(name, None)
+    if optimizer.get("schedule") != "trapezoid":
+        for name in ("warmup_fraction", "cooldown_fraction"):
+            optimizer.pop(name, None)
+    return hash_of(values | {"scaling": scaling, "budget": budget, "optimizer": optimizer})

@@ -26,12 +26,8 @@ log = logging.getLogger(__name__)
 PUBLISH_SECONDS = 60.0  # a run is published at most this often, unless it is forced
 TRY_DELAYS_SECONDS = (1.0, 4.0)  # before another try after a passing error
 CHECKPOINT_MARKER, RUN_MARKER, SWEEP_MARKER = "state.json", "run.json", "sweep.json"
-PROGRESS = (
-    "metrics.jsonl",
-    "status.json",
-    "error.txt",
-    "prune_request.json",
-)  # of a run, besides checkpoints and probes
+JOURNAL = "metrics.jsonl"
+PROGRESS = (JOURNAL, "status.json", "error.txt", "prune_request.json")  # of a run, besides checkpoints and probes
 SWEEP_FOLDERS = ("tables", "figures", "environment")
 STUDY = "study.db"
 REQUESTS = ("prune_request.json", "pause_request")
@@ -50,7 +46,7 @@ class Mirror:
         self._last: dict[str, float] = {}
         self._collected: dict[str, float] = {}
         self._troubles: dict[str, str] = {}  # what could not be published -> why, in one line
-        self._condition = threading.Condition()
+        self._condition, self._pushing = threading.Condition(), threading.Lock()
         self._busy = self._closed = False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
@@ -60,6 +56,13 @@ class Mirror:
     def publish(self, run: RunFolder, force: bool = False) -> None:
         """Soon, and at most once in `interval_s` unless forced: journal, status, description, checkpoints, probes."""
         self._plan(run.run_id, force)
+
+    def publish_journal(self, run: RunFolder) -> None:
+        """At once: it must reach as far as each state that others go on from. Trouble goes to the log."""
+        try:
+            self._push_progress(run, self._run_path(run), JOURNAL)
+        except StorageError as error:
+            log.warning("journal of run %s not published: %s", run.run_id, error)
 
     def publish_sweep(self, force: bool = False) -> None:
         """What is no run's: sweep.json, the study, tables, figures."""
@@ -147,7 +150,7 @@ class Mirror:
         """The journal goes before the checkpoints: it must reach as far as each of them."""
         path = self._run_path(run)
         steps = run.checkpoint_steps()
-        self._push_progress(run, path, "metrics.jsonl")
+        self._push_progress(run, path, JOURNAL)
         for step in steps:
             folder = run.checkpoint_folder(step)
             self.storage.push(folder, f"{path}/checkpoints/{folder.name}", CHECKPOINT_MARKER)
@@ -161,8 +164,9 @@ class Mirror:
             self._push_progress(run, path, name)
 
     def _push_progress(self, run: RunFolder, path: str, name: str) -> None:
-        if (run.path / name).exists():
-            self.storage.push_file(run.path / name, f"{path}/{name}")
+        with self._pushing:  # else what was read first could arrive last
+            if (run.path / name).exists():
+                self.storage.push_file(run.path / name, f"{path}/{name}")
 
     def _publish_sweep(self) -> None:
         for name in SWEEP_FOLDERS:

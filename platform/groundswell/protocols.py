@@ -39,6 +39,17 @@ class Split:
         return Split(self.tokens[rows], self.positions[rows], self.targets[rows])
 
 
+class Examples(ABC):
+    """Training examples that are made when they are asked for: example n is a pure function of n."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> Split:
+        """Row numbers [N] int64 on the CPU -> N examples on the CPU, each with the same T and A in every call."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What metrics of answers need to know about a data set."""
@@ -55,14 +66,22 @@ class Answer:
 class Dataset:
     """What a task builds: a closed vocabulary, the training split and named evaluation splits.
 
-    The training split may have more answer columns than the evaluation splits.
+    The training split may have more answer columns than the evaluation splits. As `Examples` it is not held in memory,
+    and a run goes through its rows in order, from a start that depends on the run's seed.
     """
 
     vocabulary: tuple[str, ...]  # token string of each id
-    train: Split
+    train: Split | Examples
     evaluation: Mapping[str, Split]
     answer: Answer
     manifest: Mapping[str, Any] = field(default_factory=dict)  # spec, counts, sha256
+
+    @property
+    def train_split(self) -> Split:
+        """All training examples as tensors; those that are made as they are read are all made."""
+        import torch
+
+        return self.train if isinstance(self.train, Split) else self.train.select(torch.arange(len(self.train)))
 
 
 class Task(Component, ABC):
@@ -86,6 +105,11 @@ class Task(Component, ABC):
     def num_train(self) -> int | None:
         """Training examples, where that is known without building; for estimates of time only."""
         return None
+
+    @property
+    def resident(self) -> bool:
+        """Is the training data a `Split`, which is held in memory? For estimates of memory only."""
+        return True
 
     @abstractmethod
     def build(self) -> Dataset: ...
@@ -146,18 +170,32 @@ class Model(Component, ABC):
         `generators` (one a run, on the tokens' device) switches the stochastic parts on; None is evaluation.
         """
 
-    def generate(self, parameters: Parameters, prompts: Tensor, num_tokens: int) -> Tensor:
+    @property
+    def stochastic(self) -> bool:
+        """Does training draw random numbers? Then the engine hands `generators` to the objective."""
+        return getattr(self, "dropout", 0.0) > 0
+
+    def generate(
+        self, parameters: Parameters, prompts: Tensor, num_tokens: int, stop_token: int | None = None
+    ) -> Tensor:
         """Greedy decoding: prompts [K, B, P] -> the next tokens [K, B, num_tokens], each the lowest id of the best.
+        Where `stop_token` is given, a row ends with it and is filled with 0.
 
         This simple version runs all tokens again for each new one; a model with a key-value cache has its own.
         """
         import torch
 
-        tokens = prompts
+        tokens, length = prompts, prompts.shape[-1]
+        ended = torch.zeros_like(prompts[:, :, :1], dtype=torch.bool)
         for _ in range(num_tokens):
             last = tokens.new_full((*tokens.shape[:2], 1), tokens.shape[-1] - 1)
-            tokens = torch.cat([tokens, self.answer_logits(parameters, tokens, last).argmax(-1)], -1)
-        return tokens[:, :, prompts.shape[-1] :]
+            best = self.answer_logits(parameters, tokens, last).argmax(-1).masked_fill(ended, 0)
+            tokens = torch.cat([tokens, best], -1)
+            if stop_token is not None:
+                ended = ended | (best == stop_token)
+                if ended.all():
+                    break
+        return torch.nn.functional.pad(tokens[:, :, length:], (0, length + num_tokens - tokens.shape[-1]))
 
     @abstractmethod
     def save_folder(self, parameters: Parameters, folder: Path, vocabulary: Sequence[str]) -> None:

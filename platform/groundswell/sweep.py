@@ -191,13 +191,15 @@ def unique_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 DISPATCH_BOUND_FLOPS = 6e7  # forward FLOPs of a batch below which packing pays on a CPU (measured: B 32 yes, B 512 no)
 CPU_PACK, GPU_PACK = 8, 64
+NOMINAL_FLOPS_PER_S = 1e10  # about a CPU core; weighs budgets of seconds against others of the same sweep, no more
 
 
 def pack_size(
     experiment: Experiment, num_runs: int, num_workers: int, on_gpu: bool, pack: int | Literal["auto"]
 ) -> int:
-    """Runs in one pack: a number as it is; "auto" by the measured rule, never so many that a worker idles."""
-    if experiment.scaling.distributed:
+    """Runs in one pack: a number as it is; "auto" by the measured rule, never so many that a worker idles. Runs over
+    several workers are alone, and so are those with a budget of seconds: in a pack they would share them."""
+    if experiment.scaling.distributed or experiment.budget.seconds is not None:
         return 1
     if pack != "auto":
         return pack
@@ -225,9 +227,15 @@ def make_packs(
 
 def cost(runs: Sequence[PlannedRun]) -> float:
     """Work in FLOPs, for ordering and for the estimate of the time left."""
-    total = 0.0
-    for run in runs:
-        e = run.experiment
-        per_example = e.model.flops_per_example(e.task.vocab_size, e.task.max_length, e.task.num_answers)
-        total += 3 * per_example * e.budget.examples_per_step(e.task.num_train) * e.budget.total
-    return total
+    return sum(_cost(run.experiment) for run in runs)
+
+
+def _cost(e: Experiment) -> float:
+    whole = flops_per_step(e) * e.budget.total
+    return whole if e.budget.seconds is None else min(whole, e.budget.seconds * NOMINAL_FLOPS_PER_S)
+
+
+def flops_per_step(e: Experiment) -> float:
+    """Of forward and backward pass; the mean over the run where batches grow."""
+    per_example = e.model.flops_per_example(e.task.vocab_size, e.task.max_length, e.task.num_answers)
+    return 3 * per_example * e.budget.examples_per_step(e.task.num_train)

@@ -122,6 +122,25 @@ def test_dry_run_prints_runs_and_estimate_and_writes_nothing(command, capsys, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_of_a_budget_of_seconds(command, capsys):
+    """The time is known, the steps are guessed; and runs do not share their seconds in a pack."""
+    made = "tests.groundswell.made_examples.MadeModularArithmetic"
+    fields = ["--budget.seconds", "7200", "--budget.steps", "null", "--task.class", made]
+    fields += ["--scaling.micro-batch", "4", "--budget.batch-ramp", "0.5"]
+    assert command("--dry-run", "--pack", "4", *fields) == 0
+    text = capsys.readouterr().out
+    assert "4 runs in 4 packs" in text
+    assert text.count("120 min") == 4 or text.count("2.0 h") == 4
+    assert text.count("about ") >= 5
+
+
+def test_a_scheduler_wants_steps(command, capsys, tmp_path):
+    assert command("--budget.seconds", "60", "--budget.steps", "null", "--scheduler", "asha") == 2
+    assert (
+        "error: budget.seconds: a scheduler compares runs at equal steps; set --budget.steps" in capsys.readouterr().err
+    )
+
+
 def test_grid_sweep_of_a_range_needs_values(tiny):
     sweep = Sweep("toy", tiny, {"optimizer.lr": Axis(low=1e-4, high=1e-2, log=True)}, metric="eval/test/accuracy")
     with pytest.raises(ConfigError, match="optimizer.lr: a grid needs values"):

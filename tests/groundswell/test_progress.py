@@ -51,6 +51,16 @@ def test_early_stops_and_finished_runs_shorten_the_rest(clock):
     assert "10 s left" in line  # 100 units trained in 10 s, 100 are left
 
 
+def test_a_budget_of_seconds_counts_seconds(clock):
+    progress = make(total_runs=1, total_work=100.0)
+    progress.begin("a", "a", 20.0, 80.0, 100.0, counted="perf/training_s")  # goes on from a quarter
+    clock[0] += 30
+    progress.report({"run_id": "a", "step": 7, "state": "running", "perf/training_s": 40.0})
+    assert "60 s left" in progress.line()  # a quarter in 30 s, half is left
+    progress.report({"run_id": "a", "step": 9, "state": "finished", "perf/training_s": 81.0})
+    assert "0 s left" in progress.line()
+
+
 def test_troubles_are_counted_and_strangers_ignored(clock):
     progress = make()
     for run_id, state in (("a", "failed"), ("b", "diverged")):

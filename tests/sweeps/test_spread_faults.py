@@ -161,6 +161,7 @@ def test_a_machine_that_is_lost_with_all_its_files(start, tmp_path, strategy):
     (there,) = (RunFolder(path.parent) for path in storage.glob("small-*/runs/*/run.json"))
     assert there.status() == run.status()
     assert there.journal() == run.journal()
-    assert there.checkpoint_steps() == run.checkpoint_steps()
+    steps = run.checkpoint_steps()  # of what was there before, only the newest have come
+    assert steps and steps == there.checkpoint_steps()[-len(steps) :]
     if strategy != "single":
         assert_as_if_undisturbed(run, tmp_path)

@@ -338,6 +338,10 @@ def _updates(experiment: Experiment) -> int:
     """Raises ConfigError where epochs are asked for and their length is not known."""
     budget = experiment.budget
     if not budget.epochs:
+        if budget.steps is None:
+            raise ConfigError(
+                "budget.seconds: how many updates that is depends on the machine; set --budget.steps, too"
+            )
         return budget.steps
     examples = experiment.task.num_train
     if examples is None:
@@ -348,6 +352,8 @@ def _updates(experiment: Experiment) -> int:
 def _data_bytes(experiment: Experiment) -> float:
     """A pack keeps its training rows on the GPU: tokens, positions and targets as int64."""
     task = experiment.task
+    if not task.resident:
+        return 0.0
     return 8.0 * (task.num_train or 0) * (task.max_length + 2 * task.num_answers)
 
 

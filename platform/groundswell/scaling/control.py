@@ -76,5 +76,11 @@ class Control:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def broadcast_number(self, value: float) -> float:
+        """The first worker's value; cheaper than `broadcast`."""
+        number = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(number, 0, group=self.group)
+        return float(number)
+
     def barrier(self) -> None:
         dist.barrier(group=self.group)

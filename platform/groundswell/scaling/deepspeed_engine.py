@@ -45,6 +45,7 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed around torch's AdamW. Its states can be read by the same number of workers only, unless converted."""
 
     elastic = False
+    free_accumulation = False
 
     def _set_up(self) -> None:
         self.deepspeed = import_deepspeed(self.device.type == "cuda")

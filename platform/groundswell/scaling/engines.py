@@ -30,6 +30,7 @@ class Engine(ABC):
     """One worker's part of a run. Every worker calls the same methods in the same order."""
 
     elastic = True  # can another number of workers read the state?
+    free_accumulation = True  # may updates have other numbers of micro-batches?
 
     def __init__(self, experiment: Experiment, answer: Answer, device: torch.device, num_micro_batches: int) -> None:
         """`num_micro_batches` of each worker in every update."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from groundswell.config import ConfigError
 from groundswell.experiment import Experiment
-from groundswell.protocols import Answer, ParameterSpec, Split, WeightReader
+from groundswell.protocols import Answer, Model, ParameterSpec, Split, WeightReader
 from groundswell.training.flat import initial_tensor
 from groundswell.training.pack import parameter_specs
 from groundswell.training.sampler import generator
@@ -24,19 +24,26 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32
 class WrappedModel:
     """What an objective sees in place of the model: one run whose parameters are the network's own."""
 
-    def __init__(self, network: nn.Module, model_name: str) -> None:
+    def __init__(self, network: nn.Module, settings: Model) -> None:
+        """`settings`: the model itself, of which objectives read the fields."""
         self._network = network
-        self._model_name = model_name
+        self.settings = settings
 
     def answer_logits(
-        self, parameters: Any, tokens: Tensor, positions: Tensor, generators: Sequence[torch.Generator] | None = None
+        self,
+        parameters: Any,
+        tokens: Tensor,
+        positions: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        **options: Any,
     ) -> Tensor:
-        """As Model.answer_logits, with K = 1; `parameters` is not looked at."""
-        return self._network(tokens[0], positions[0], generators[0] if generators else None)[None]
+        """As Model.answer_logits, with K = 1; `parameters` is not looked at. `options`: what the network takes more."""
+        return self._network(tokens[0], positions[0], generators[0] if generators else None, **options)[None]
 
     def __getattr__(self, name: str) -> Any:
+        model = type(self.settings).__name__
         raise ConfigError(
-            f"objective: needs {self._model_name}.{name}, which is not there when a run is spread over workers; "
+            f"objective: needs {model}.{name}, which is not there when a run is spread over workers; "
             "use scaling.strategy=single"
         )
 
@@ -49,7 +56,7 @@ class TrainingStep(nn.Module):
         self.network = network
         self.objective = experiment.objective
         self.answer = answer
-        self._model: Any = WrappedModel(network, type(experiment.model).__name__)
+        self._model: Any = WrappedModel(network, experiment.model)
 
     def forward(
         self, batch: Split, source: torch.Generator | None = None, evaluate: bool = False

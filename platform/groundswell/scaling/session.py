@@ -177,6 +177,8 @@ def train_on_worker(config: dict[str, Any]) -> None:
         return
 
     def report(step: int, part: Path) -> None:
+        if mirror is not None and rank == 0:
+            mirror.publish_journal(folder)
         train.report(
             {"step": step},
             checkpoint=train.Checkpoint.from_directory(part),

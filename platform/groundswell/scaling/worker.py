@@ -25,9 +25,11 @@ from groundswell.scaling.control import Control, Leaving, Wish
 from groundswell.scaling.engines import engine_class
 from groundswell.scaling.pieces import Piece, cut, micro_batches
 from groundswell.training import checkpoint
+from groundswell.training.data import training_data
 from groundswell.training.pack import build_dataset, resolve_device
-from groundswell.training.run import Ending, Run
-from groundswell.training.sampler import DataOrder, generator, stream_seed
+from groundswell.training.run import TRAINING_SECONDS, Ending, Run
+from groundswell.training.sampler import data_order, generator, stream_seed
+from groundswell.training.stopwatch import Stopwatch
 
 RUN_STATE = "run_state.safetensors"
 
@@ -61,13 +63,14 @@ class WorkerTrainer:
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = e.scaling.precision in ("tf32", "bf16")
         self.dataset = build_dataset(e)
-        self.order = DataOrder(len(self.dataset.train), generator(e.seed, "order"))
-        self.data = self.dataset.train.to(self.device)
-        self.dropout = torch.Generator(self.device) if getattr(e.model, "dropout", 0.0) > 0 else None
+        self.order = data_order(self.dataset.train, generator(e.seed, "order"))
+        self.data = training_data([self.dataset], self.device)
+        self.dropout = torch.Generator(self.device) if e.model.stochastic else None
         self._count_batches()
         answer = self.dataset.answer.to(self.device)
         self.engine = engine_class(e.scaling.strategy)(e, answer, self.device, self.micro_batches[1])
         self.step, self._saved_step = 0, -1
+        self.watch = Stopwatch()  # what counts is the first worker's
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
 
@@ -92,7 +95,8 @@ class WorkerTrainer:
             self.engine.load(state)
             self.step = self._saved_step = int(values["step"])
             self._summed = int(values["summed"])
-            self.order.load_state(values["order_generator"], int(values["order_position"]))
+            self.order.load_state(values)
+            self.run.elapsed = self.watch.elapsed = float(values.get("elapsed", 0.0))  # absent in earlier versions
             sums = {name[4:]: value for name, value in values.items() if name.startswith("sum/")}
             self._sums = {name: self._own_sum(value).to(self.device) for name, value in sums.items()}
         if self.leads:
@@ -124,13 +128,18 @@ class WorkerTrainer:
         """Until the run is over, or is to pause. Raises Leaving once the state is saved that others go on from."""
         if self._fresh:
             self._event(0)  # evaluation of the untrained model
-        state = "running"
+        state: State = "running"
+        if self.run.is_over(self.step):  # cut off after its last state
+            state = "finished"
+            self._end(state, None)
         while state == "running" and self.control.wish == Wish.GO_ON:
             event = self.run.next_event(self.step)
-            while self.step < event and self.control.wish == Wish.GO_ON:
+            self.watch.start()
+            while self.step < event and not self.run.is_over(self.step) and self.control.wish == Wish.GO_ON:
                 self._advance()
-            if self.step == event:
-                state = self._event(event)
+            self._settle()
+            if self.step == event or self.run.is_over(self.step):
+                state = self._event(self.step)
         self.control.finish()
         if state == "running":
             self._attend()
@@ -144,34 +153,53 @@ class WorkerTrainer:
         if self.control.wish == Wish.LEAVE:
             raise Leaving(f"state of {self.experiment.budget.unit} {self.step} saved before a worker goes")
 
+    def _settle(self) -> None:
+        """Before something is read: what is still under way on the device counts as training."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._agree_on_time()
+
+    def _agree_on_time(self) -> None:
+        """Each worker has a clock of its own; the first one's decides."""
+        self.watch.tick()
+        self.run.elapsed = self.control.broadcast_number(self.watch.elapsed)
+
     def _advance(self) -> None:
         """One step of the run: an update, or an epoch."""
+        e = self.experiment
         for number, rows in enumerate(self._batches()):
             update = self.step * self.updates_per_step + number
-            factor = self.experiment.optimizer.lr_factor(update, self.experiment.budget.total * self.updates_per_step)
+            done = None if e.budget.seconds is None else self.run.elapsed / e.budget.seconds
+            factor = e.optimizer.lr_factor(update, e.budget.total * self.updates_per_step, done)
             if self.dropout is not None:  # each update and worker has its own stream, so there is no state to keep
-                seed = stream_seed(self.experiment.seed, f"dropout/{update}/{self.place.rank}")
+                seed = stream_seed(e.seed, f"dropout/{update}/{self.place.rank}")
                 self.dropout.manual_seed(seed)
             metrics = self.engine.update(self._pieces(rows), factor, self.dropout)
             for name, value in metrics.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._summed += 1
         self.step += 1
+        if e.budget.seconds is not None:
+            self._agree_on_time()
         self.control.exchange()
 
     def _batches(self) -> Iterator[Tensor]:
-        """Data rows [B] of each update of one step."""
-        yield from self.order.take(self.step_size).to(self.device).split(self.experiment.budget.batch_size)
+        """Data rows [1, B] of each update of one step."""
+        budget, size = self.experiment.budget, self.step_size
+        if budget.batch_ramp is not None:
+            done = budget.done(self.step, self.run.elapsed)
+            size = budget.ramped_batch(done, self.experiment.scaling.micro_batch)
+        yield from self.data.place(self.order.take(size)[None]).split(budget.batch_size, dim=1)
 
     def _pieces(self, rows: Tensor) -> list[Piece]:
-        """This worker's micro-batches of data rows [B]."""
-        place = self.place.rank, self.place.world_size
-        return cut(rows, place, self.micro_batches, self.experiment.objective, self._examples)
-
-    def _examples(self, rows: Tensor) -> Split:
-        """[1, B, ...]."""
-        d = self.data
-        return Split(*(x.index_select(0, rows)[None] for x in (d.tokens, d.positions, d.targets)))
+        """This worker's micro-batches of data rows [1, B]."""
+        e, workers = self.experiment, self.place.world_size
+        sizes = self.micro_batches
+        if e.budget.batch_ramp is not None and self.engine.free_accumulation:
+            sizes = micro_batches(rows.shape[1], workers, e.scaling.micro_batch)
+        batch = self.data.batch(rows)
+        places = torch.arange(rows.shape[1], device=self.device)
+        return cut(places, (self.place.rank, workers), sizes, e.objective, lambda chosen: _columns(batch, chosen))
 
     # ---- events ----
 
@@ -212,6 +240,7 @@ class WorkerTrainer:
         metrics["train/grad_norm"] = self.engine.grad_norm() if self._summed else 0.0
         metrics["train/weight_norm"] = self.engine.weight_norm()
         self._sums, self._summed = {}, 0
+        metrics[TRAINING_SECONDS] = self.run.elapsed
         now = time.monotonic()
         if self.step > self._last_step:
             rate = (self.step - self._last_step) / max(now - self._last_reading, 1e-9)
@@ -265,15 +294,10 @@ class WorkerTrainer:
         self.engine.save(folder)
         sums = self._all_sums()
         if self.leads:
-            before, position = self.order.state()
-            numbers = {
-                "step": self.step,
-                "summed": self._summed,
-                "order_position": position,
-                "world_size": self.place.world_size,
-            }
+            numbers = {"step": self.step, "summed": self._summed, "world_size": self.place.world_size}
             tensors = {name: torch.tensor(value) for name, value in numbers.items()}
-            save_file({"order_generator": before, **tensors, **sums}, folder / RUN_STATE)
+            tensors["elapsed"] = torch.tensor(self.run.elapsed, dtype=torch.float64)
+            save_file({**self.order.state(), **tensors, **sums}, folder / RUN_STATE)
         states.list_files(folder, self.place.rank, self.place.world_size)
         self.report(self.step, folder)
         self._last_checkpoint = time.monotonic()
@@ -287,6 +311,11 @@ class WorkerTrainer:
         dist.all_gather(parts, mine)
         columns = torch.stack(parts).cpu().T.contiguous()
         return {f"sum/{name}": column.clone() for name, column in zip(self._sums, columns, strict=True)}
+
+
+def _columns(batch: Split, places: Tensor) -> Split:
+    """Some rows of a batch [1, B, ...]."""
+    return Split(*(x.index_select(1, places) for x in (batch.tokens, batch.positions, batch.targets)))
 
 
 def _now_ms() -> int:

@@ -121,13 +121,20 @@ class PackedAdamW:
     """AdamW with its own settings in each row. Equal to torch.optim.AdamW with clip_grad_norm_ run by run."""
 
     def __init__(
-        self, parameters: FlatParameters, settings: Sequence[AdamW], total_updates: int = 1, step: int = 0
+        self,
+        parameters: FlatParameters,
+        settings: Sequence[AdamW],
+        total_updates: int = 1,
+        step: int = 0,
+        timed: bool = False,
     ) -> None:
-        """`total_updates` of the whole run, for the learning rate's schedule; `step`: updates done."""
+        """`total_updates` of the whole run, for the learning rate's schedule; `step`: updates done; `timed`: the
+        schedule goes by what `set_done` is told, instead of by updates."""
         self.parameters = parameters
         self.settings = list(settings)
         self.total_updates = total_updates
         self.step_count = step
+        self._done: float | None = 0.0 if timed else None
         trained = slice(0, parameters.num_trained)
         self.flat, self.grad = parameters.flat.detach()[:, trained], parameters.grad
         self.exp_avg = torch.zeros_like(self.flat)
@@ -147,6 +154,7 @@ class PackedAdamW:
         """Every number of the update on the device, so that a CUDA graph can hold the step."""
         settings, column = self.settings, self._column
         self._device_step = torch.tensor(float(self.step_count), device=self.parameters.flat.device)
+        self._device_done = torch.zeros((), device=self.parameters.flat.device)
         self._beta1, self._beta2 = column([s.beta1 for s in settings]), column([s.beta2 for s in settings])
         self._eps = column([s.eps for s in settings])
         self._warmup = column([float(s.warmup_steps) for s in settings])
@@ -161,9 +169,15 @@ class PackedAdamW:
         if not self.on_cpu:
             self._device_step.fill_(float(step))
 
+    def set_done(self, done: float) -> None:
+        """Before an update: which part of the budget is done."""
+        self._done = done
+        if not self.on_cpu:
+            self._device_done.fill_(done)
+
     @torch.no_grad()
     def step(self) -> None:
-        """Clip, then update. Update number s (from 0) uses lr * min(1, s / warmup_steps)."""
+        """Clip, then update with the rates times `AdamW.lr_factor`."""
         if self._clips:
             self._norm = self._gradient_norm()
             self.grad.mul_((self._clip_norm.to(self.grad.dtype) / (self._norm[:, None] + 1e-6)).clamp_(max=1.0))
@@ -185,7 +199,7 @@ class PackedAdamW:
         """torch's fused kernel on each part of each row."""
         count = torch.tensor(float(self.step_count + 1))
         for index, (s, parts) in enumerate(zip(self.settings, self._parts, strict=True)):
-            factor = s.lr_factor(self.step_count, self.total_updates)
+            factor = s.lr_factor(self.step_count, self.total_updates, self._done)
             for part in parts:
                 place = part.place
                 torch._fused_adamw_(
@@ -217,9 +231,13 @@ class PackedAdamW:
         warm = torch.where(self._warmup > 0, step / self._warmup.clamp(min=1), torch.ones_like(self._warmup))
         if first.schedule == "constant":
             return warm.clamp(max=1.0)
-        done = ((step - self._warmup) / (self.total_updates - self._warmup).clamp(min=1)).clamp(0.0, 1.0)
+        done = (step - self._warmup) / (self.total_updates - self._warmup).clamp(min=1)
+        done = (done if self._done is None else self._device_done.expand_as(done)).clamp(0.0, 1.0)
+        final, rise, fall = first.final_lr, first.warmup_fraction, first.cooldown_fraction
+        if first.schedule == "trapezoid":
+            curve = ((1.0 - done) / max(fall, 1e-12)).clamp(max=1.0)
+            return torch.where(done < rise, done / max(rise, 1e-12), final + (1.0 - final) * curve)
         curve = 1.0 - done if first.schedule == "linear" else 0.5 * (1.0 + torch.cos(math.pi * done))
-        final = first.final_lr
         return torch.where(step < self._warmup, warm, final + (1.0 - final) * curve)
 
 

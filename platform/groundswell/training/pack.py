@@ -15,9 +15,12 @@ from torch import Tensor
 
 from groundswell.config import ConfigError
 from groundswell.experiment import Experiment, Scaling
-from groundswell.protocols import Answer, Dataset, ParameterSpec, Split, Task
+from groundswell.protocols import Dataset, ParameterSpec, Split, Task
+from groundswell.training.data import Made, training_data
+from groundswell.training.evaluation_data import EvaluationData
 from groundswell.training.flat import FlatParameters, PackedAdamW, assign_groups, initial_row
-from groundswell.training.sampler import DataOrder, generator
+from groundswell.training.sampler import Order, data_order, generator
+from groundswell.training.stopwatch import Stopwatch
 
 # A pack's parameters are slices of rows, so torch remarks on their layout; accumulating into them is still the fastest.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
@@ -55,13 +58,13 @@ class Member:
 
     experiment: Experiment
     dataset: Dataset
-    order: DataOrder
+    order: Order
     dropout: torch.Generator
 
     @classmethod
     def create(cls, experiment: Experiment, device: torch.device) -> Member:
         dataset = build_dataset(experiment)
-        order = DataOrder(len(dataset.train), generator(experiment.seed, "order"))
+        order = data_order(dataset.train, generator(experiment.seed, "order"))
         return cls(experiment, dataset, order, generator(experiment.seed, "dropout", device))
 
     def initial_row(self) -> Tensor:
@@ -71,14 +74,18 @@ class Member:
 
 
 class Pack:
-    """K members, their parameters [K, P], their optimizer rows and their data, all resident on one device."""
+    """K members, their parameters [K, P] and their optimizer rows, all on one device, and their data."""
 
-    def __init__(self, members: Sequence[Member], rows: Tensor | None = None, step: int = 0) -> None:
-        """`rows` [K, P]: parameters to start from; drawn from each member's seed when absent. `step`: steps done."""
+    def __init__(
+        self, members: Sequence[Member], rows: Tensor | None = None, step: int = 0, elapsed: float = 0.0
+    ) -> None:
+        """`rows` [K, P]: parameters to start from; drawn from each member's seed when absent. `step`: steps done;
+        `elapsed`: seconds of training done."""
         first = members[0].experiment
         self.members = list(members)
         self.model, self.objective, self.scaling = first.model, first.objective, first.scaling
-        self.batch_size = first.budget.batch_size
+        self.budget, self.batch_size = first.budget, first.budget.batch_size
+        self.watch = Stopwatch(elapsed)
         self.updates_per_step = self._count_updates(first)
         self.device = resolve_device(self.scaling)
         self.dtype = torch.float64 if self.scaling.precision == "float64" else torch.float32
@@ -88,9 +95,9 @@ class Pack:
             rows = torch.stack([member.initial_row() for member in members])
         self.parameters = FlatParameters(parameter_specs(first), rows.to(self.device, self.dtype))
         optimizers = [m.experiment.optimizer for m in members]
-        updates = self.updates_per_step
-        self.optimizer = PackedAdamW(self.parameters, optimizers, first.budget.total * updates, step * updates)
-        self._uses_generators = getattr(self.model, "dropout", 0.0) > 0
+        updates, timed = self.updates_per_step, self.budget.seconds is not None
+        self.optimizer = PackedAdamW(self.parameters, optimizers, self.budget.total * updates, step * updates, timed)
+        self._uses_generators = self.model.stochastic
         self._place_data()
         self._loss = torch.compile(self._forward, dynamic=False) if self.scaling.compile else self._forward
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -123,20 +130,9 @@ class Pack:
         self.optimizer.set_step(step * self.updates_per_step)
 
     def _place_data(self) -> None:
-        """Each distinct data set once, end to end; a member's rows start at its offset."""
-        unique = {id(m.dataset): m.dataset for m in self.members}
-        offsets, start = {}, 0
-        for key, dataset in unique.items():
-            offsets[key] = start
-            start += len(dataset.train)
-        train = [dataset.train for dataset in unique.values()]
-        self.data = Split(
-            *(
-                torch.cat([getattr(s, name) for s in train]).to(self.device)
-                for name in ("tokens", "positions", "targets")
-            )
-        )
-        self.offsets = torch.tensor([offsets[id(m.dataset)] for m in self.members])
+        self.data = training_data([member.dataset for member in self.members], self.device)
+        if self.scaling.cuda_graph and isinstance(self.data, Made):
+            raise ConfigError("scaling.cuda_graph: this task makes its examples as they are read; leave it off")
         self.answer = self.members[0].dataset.answer.to(self.device)
         limit = self.members[0].experiment.evaluation.max_examples
         groups: dict[Any, list[int]] = {}  # members whose splits are of one size are evaluated together
@@ -160,26 +156,16 @@ class Pack:
         with self._autocast():
             return self.objective.loss(self.model, parameters, batch, self.answer, generators)
 
-    def _batch(self, rows: Tensor) -> Split:
-        """Examples [K, B, ...] of data rows [K, B]."""
-        shape, flat_rows = rows.shape, rows.reshape(-1)
-        return Split(
-            *(
-                x.index_select(0, flat_rows).view(*shape, -1)
-                for x in (self.data.tokens, self.data.positions, self.data.targets)
-            )
-        )
-
     def _update(self, rows: Tensor) -> dict[str, Tensor]:
         """One update on data rows [K, B]. Returns the metrics [K]."""
         self.parameters.grad.zero_()
         micro_batch = self.scaling.micro_batch or rows.shape[1]
         if micro_batch >= rows.shape[1]:
-            loss, metrics = self._loss(self.parameters.views, self._batch(rows))
+            loss, metrics = self._loss(self.parameters.views, self.data.batch(rows))
             loss.sum().backward()
             metrics = {"loss": loss.detach(), **metrics}
         else:
-            metrics = self._accumulate([self._batch(piece) for piece in rows.split(micro_batch, dim=1)])
+            metrics = self._accumulate([self.data.batch(piece) for piece in rows.split(micro_batch, dim=1)])
         self.optimizer.step()
         return metrics
 
@@ -196,8 +182,11 @@ class Pack:
         return sums
 
     def train(self, steps: int) -> None:
-        """So many steps of the run. Metrics are summed on the device; nothing is read back."""
+        """So many steps of the run, or fewer where its seconds are over. Metrics are summed on the device."""
+        self.watch.start()
         for rows in self._batches(steps):
+            if self.budget.seconds is not None:
+                self.optimizer.set_done(self.watch.elapsed / self.budget.seconds)
             metrics = self._replay(rows) if self.scaling.cuda_graph else self._update(rows)
             for name, value in metrics.items():
                 if name in self._sums:
@@ -205,21 +194,35 @@ class Pack:
                 else:
                     self._sums[name] = value.clone()
             self._summed += 1
+            self.watch.tick()
+            if self.budget.is_over(self.step_count, self.watch.elapsed):
+                break
+        if self.device.type == "cuda":  # what is still under way counts
+            torch.cuda.synchronize(self.device)
+            self.watch.tick()
 
     def _batches(self, steps: int) -> Iterator[Tensor]:
         """Data rows [K, B] of each update of so many steps."""
-        if steps == 0:
-            return
-        size = self.epoch_size or self.batch_size
-        taken = torch.stack([m.order.take(steps * size) for m in self.members]) + self.offsets[:, None]
-        chunks = taken.view(len(self.members), steps, size).transpose(0, 1).contiguous().to(self.device)
-        for chunk in chunks:
-            yield from chunk.split(self.batch_size, dim=1)
+        if self.budget.batch_ramp is not None:
+            for _ in range(steps):
+                done = self.budget.done(self.step_count, self.watch.elapsed)
+                yield self._take(self.budget.ramped_batch(done, self.scaling.micro_batch))
+        elif steps:
+            size = self.epoch_size or self.batch_size
+            taken = self._take(steps * size).view(len(self.members), steps, size)
+            for chunk in taken.transpose(0, 1).contiguous():
+                yield from chunk.split(self.batch_size, dim=1)
+
+    def _take(self, count: int) -> Tensor:
+        """Each member's next data rows [K, count]."""
+        return self.data.place(torch.stack([member.order.take(count) for member in self.members]))
 
     def _replay(self, rows: Tensor) -> dict[str, Tensor]:
         """The update as one CUDA graph, captured after one eager update has warmed the allocator up."""
         if self._uses_generators:
-            raise ConfigError("scaling.cuda_graph: dropout draws from generators of its own; set model.dropout=0")
+            raise ConfigError(
+                "scaling.cuda_graph: this model draws random numbers in training, as dropout does; leave it off"
+            )
         if self._graph is None:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -282,7 +285,9 @@ class Pack:
     def subset(self, rows: Sequence[int]) -> Pack:
         """A pack of these members alone, at the same point: their numbers go on as if the others were still here."""
         rows = list(rows)
-        pack = Pack([self.members[row] for row in rows], self.parameters.flat[rows], self.step_count)
+        pack = Pack(
+            [self.members[row] for row in rows], self.parameters.flat[rows], self.step_count, self.watch.elapsed
+        )
         pack.optimizer.exp_avg.copy_(self.optimizer.exp_avg[rows])
         pack.optimizer.exp_avg_sq.copy_(self.optimizer.exp_avg_sq[rows])
         pack._sums, pack._summed = {name: value[rows] for name, value in self._sums.items()}, self._summed
@@ -291,13 +296,12 @@ class Pack:
     def member_state(self, row: int) -> dict[str, Tensor]:
         """What besides the weights a run needs to go on bit for bit."""
         member = self.members[row]
-        before, position = member.order.state()
         return {
             "exp_avg": self.optimizer.exp_avg[row].cpu(),
             "exp_avg_sq": self.optimizer.exp_avg_sq[row].cpu(),
-            "order_generator": before,
-            "order_position": torch.tensor(position),
+            **member.order.state(),
             "dropout_generator": member.dropout.get_state().cpu(),
+            "elapsed": torch.tensor(self.watch.elapsed, dtype=torch.float64),
         }
 
     def load_member_state(self, row: int, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -305,32 +309,6 @@ class Pack:
             view.data[row].copy_(weights[name])
         self.optimizer.exp_avg[row].copy_(state["exp_avg"])
         self.optimizer.exp_avg_sq[row].copy_(state["exp_avg_sq"])
-        self.members[row].order.load_state(state["order_generator"], int(state["order_position"]))
+        self.members[row].order.load_state(state)
         self.members[row].dropout.set_state(state["dropout_generator"])
-
-
-class EvaluationData:
-    """All evaluation splits of some members end to end, so that one forward pass serves them: tensors [K, N, ...]."""
-
-    def __init__(self, datasets: Sequence[Dataset], rows: Sequence[int], limit: int, device: torch.device) -> None:
-        self.rows = list(rows)
-        self.pieces: dict[str, slice] = {}
-        start = 0
-        for name, split in datasets[0].evaluation.items():
-            if len(split):
-                self.pieces[name] = slice(start, start + min(len(split), limit))
-                start = self.pieces[name].stop
-        unique = list({id(dataset): dataset for dataset in datasets}.values())
-        shared = len(unique) == 1  # then one copy serves all
-
-        def whole(name: str) -> Tensor:
-            ends = [torch.cat([getattr(d.evaluation[p], name)[:limit] for p in self.pieces]) for d in unique]
-            if shared:
-                return ends[0].to(device).expand(len(datasets), *ends[0].shape)
-            order = {id(dataset): end for dataset, end in zip(unique, ends, strict=True)}
-            return torch.stack([order[id(dataset)] for dataset in datasets]).to(device)
-
-        self.examples = Split(whole("tokens"), whole("positions"), whole("targets"))
-        kinds = [dataset.answer.token_kinds for dataset in datasets]
-        stacked = None if kinds[0] is None else torch.stack([kind for kind in kinds if kind is not None])
-        self.answer = Answer(datasets[0].answer.columns, stacked).to(device)
+        self.watch.elapsed = float(state.get("elapsed", 0.0))  # absent in states of earlier versions

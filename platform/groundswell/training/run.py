@@ -9,17 +9,23 @@ from dataclasses import dataclass, field
 from groundswell.experiment import Experiment
 from groundswell.rundir import RunFolder, State
 
+TRAINING_SECONDS = "perf/training_s"  # of readings: how long the run has trained
 Ending = tuple[State, str | None]  # the state a run is in after a step, and why
 
 
 @dataclass
 class Run:
-    """A run's files and its evaluations so far. All moments are functions of the step."""
+    """A run's files and its evaluations so far. All moments but the end of a budget of seconds are functions of the
+    step."""
 
     folder: RunFolder
     experiment: Experiment
     history: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # evaluations, for the stop rules
     saved_step: int = -1
+    elapsed: float = 0.0  # seconds of training so far
+
+    def is_over(self, step: int) -> bool:
+        return self.experiment.budget.is_over(step, self.elapsed)
 
     def next_event(self, step: int) -> int:
         """The next step after `step` at which something is read, evaluated or saved."""
@@ -30,7 +36,7 @@ class Run:
         return e.budget.total
 
     def evaluates(self, step: int) -> bool:
-        return step == self.experiment.budget.total or self.experiment.evaluation.schedule.due(step)
+        return self.is_over(step) or self.experiment.evaluation.schedule.due(step)
 
     def kept_steps(self, steps: Sequence[int]) -> set[int]:
         """Which of these checkpoints stay: by plan, the newest, and the best one so far."""
@@ -68,13 +74,20 @@ class Run:
         if bad:
             remedy = "lower optimizer.lr or set optimizer.clip_norm"
             return "diverged", f"{bad[0]} is not finite at {budget.unit} {step}; {remedy}"
-        if step == budget.total:
+        if self.is_over(step):
             return "finished", None
         if self.history and self.history[-1][0] == step:
             for rule in self.experiment.evaluation.stop:
                 if reason := rule.reason(self.history):
                     return "stopped", reason
         return "running", None
+
+
+def seconds_trained(folder: RunFolder) -> float:
+    """By the newest reading."""
+    return next(
+        (m[TRAINING_SECONDS] for line in reversed(folder.journal()) if TRAINING_SECONDS in (m := line["metrics"])), 0.0
+    )
 
 
 def _evaluations(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from groundswell.protocols import Examples, Split
 
 
 def stream_seed(seed: int, stream: str) -> int:
@@ -18,11 +22,31 @@ def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> tor
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream))
 
 
-class DataOrder:
-    """Endless sequence of row numbers: a fresh permutation each epoch, batches run across the seam.
+class Order(ABC):
+    """An endless sequence of row numbers in which every example is seen once an epoch, and every batch is full."""
 
-    Every example is seen once an epoch and every batch is full. The state is the generator before the current
-    permutation was drawn and the position in it.
+    @abstractmethod
+    def take(self, count: int) -> Tensor:
+        """The next `count` row numbers [count], int64 on the CPU."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What is needed to go on with the same rows; names start with "order_"."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave, which may be among other tensors."""
+
+
+def data_order(train: Split | Examples, source: torch.Generator) -> Order:
+    """The order in which a run with this generator goes through its training examples."""
+    return DataOrder(len(train), source) if isinstance(train, Split) else SequentialOrder(len(train), source)
+
+
+class DataOrder(Order):
+    """A fresh permutation each epoch; batches run across the seam.
+
+    The state is the generator before the current permutation was drawn and the position in it.
     """
 
     def __init__(self, size: int, source: torch.Generator) -> None:
@@ -36,7 +60,6 @@ class DataOrder:
         self.position = 0
 
     def take(self, count: int) -> Tensor:
-        """The next `count` row numbers [count]."""
         pieces = []
         while count:
             if self.position == self.size:
@@ -47,10 +70,31 @@ class DataOrder:
             pieces.append(piece)
         return torch.cat(pieces)
 
-    def state(self) -> tuple[Tensor, int]:
-        return self._before.clone(), self.position
+    def state(self) -> dict[str, Tensor]:
+        return {"order_generator": self._before.clone(), "order_position": torch.tensor(self.position)}
 
-    def load_state(self, before: Tensor, position: int) -> None:
-        self._source.set_state(before)
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._source.set_state(state["order_generator"])
         self._start_epoch()
-        self.position = position
+        self.position = int(state["order_position"])
+
+
+class SequentialOrder(Order):
+    """Ascending from a random start, and round again: for examples whose order is random already, and so many that no
+    permutation of them fits. The state is the number of rows taken."""
+
+    def __init__(self, size: int, source: torch.Generator) -> None:
+        self.size = size
+        self._start = int(torch.randint(size, (), generator=source))
+        self.position = 0
+
+    def take(self, count: int) -> Tensor:
+        first = self._start + self.position
+        self.position += count
+        return torch.arange(first, first + count) % self.size
+
+    def state(self) -> dict[str, Tensor]:
+        return {"order_position": torch.tensor(self.position)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.position = int(state["order_position"])

@@ -1,6 +1,7 @@
 """Training of a pack against its run folders: readings, evaluations, checkpoints, early stops, resume.
 
-All moments are functions of the step, so a run that is killed and resumed does the same things at the same steps.
+All moments but the end of a budget of seconds are functions of the step, so a run that is killed and resumed does the
+same things at the same steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from groundswell.rundir import RunFolder
 from groundswell.training import checkpoint
 from groundswell.training.pack import Member, Pack, resolve_device
-from groundswell.training.run import Ending, Run
+from groundswell.training.run import TRAINING_SECONDS, Ending, Run
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class PackTrainer:
             )
         self._last_checkpoint = self._last_reading = time.monotonic()
         self._last_step = self.pack.step_count
+        if self.runs[0].is_over(self._last_step):  # cut off after its last checkpoint
+            for run in self.runs:
+                self._end(run, "finished", None, self._last_step)
+            self._keep([])
 
     def _create_members(self, device: torch.device) -> list[Member]:
         """A run whose data cannot be made fails alone; the others of its pack go on."""
@@ -77,6 +82,8 @@ class PackTrainer:
                 run.saved_step = step
         if common:
             self.pack.set_step(step)
+        for run in self.runs:
+            run.elapsed = self.pack.watch.elapsed
         self._fresh = not common
 
     # ---- the loop ----
@@ -107,6 +114,9 @@ class PackTrainer:
         else:
             step = first.next_event(pack.step_count)
             pack.train(step - pack.step_count)
+            step = pack.step_count  # sooner where a budget of seconds is over
+        for run in self.runs:
+            run.elapsed = pack.watch.elapsed
         metrics = self._read(pack)
         evaluates = first.evaluates(step)
         if evaluates:
@@ -133,6 +143,8 @@ class PackTrainer:
             rate = (pack.step_count - self._last_step) / max(now - self._last_reading, 1e-9)
             for mine in metrics:
                 mine[f"perf/{self.unit}s_per_s"] = rate
+        for mine in metrics:
+            mine[TRAINING_SECONDS] = pack.watch.elapsed
         self._last_reading, self._last_step = now, pack.step_count
         return metrics
 

@@ -14,6 +14,8 @@ from groundswell.planning.strategies import Extra, label
 from models.bilinear import Bilinear
 from models.decoder import Decoder
 from models.transformers_model import TransformersModel
+from tasks.reverse import Reverse
+from tests.groundswell.made_examples import MadeModularArithmetic
 
 MODEL = Decoder(num_layers=2, num_heads=4, width=256)
 A100 = GPUS["a100-80"]
@@ -210,3 +212,15 @@ def test_decoder_and_transformers_model_of_one_size_agree():
     one, other = (planner.plan(Machine(A100, 1)).rows[0] for planner in (ours, theirs))
     assert one.memory.weights == other.memory.weights
     assert one.memory.activations < other.memory.activations < 2.5 * one.memory.activations
+
+
+def test_seconds_are_no_number_of_updates():
+    with pytest.raises(ConfigError, match=r"budget\.seconds: how many updates that is depends .*; set --budget\.steps"):
+        Planner("test", subject(**{"budget.seconds": 60, "budget.steps": None})).plan(Machine(A100, 1))
+
+
+def test_examples_that_are_made_take_no_memory():
+    for task, expected in ((MadeModularArithmetic(modulus=23), False), (Reverse(), True)):
+        assert task.num_train
+        (row,) = Planner("test", subject(task=task)).plan(Machine(A100, 1)).rows[:1]
+        assert bool(row.memory.data) == expected

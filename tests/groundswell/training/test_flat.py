@@ -138,11 +138,13 @@ def test_decay_of_everything_and_tensors_that_are_not_trained(on_cpu):
 
 
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["rows", "flat"])
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_groups_and_schedules_equal_torch(on_cpu, schedule):
+@pytest.mark.parametrize("timed", [False, True], ids=["steps", "seconds"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "trapezoid"])
+def test_groups_and_schedules_equal_torch(on_cpu, schedule, timed):
     """A group with a rate and decay of its own, one that climbs, one that is frozen, against torch's AdamW."""
     settings = AdamW(
-        lr=1e-2, weight_decay=0.3, warmup_steps=3, clip_norm=0.5, schedule=schedule, final_lr=0.2,
+        lr=1e-2, weight_decay=0.3, warmup_steps=0 if schedule == "trapezoid" else 3, clip_norm=0.5, schedule=schedule,
+        final_lr=0.2, warmup_fraction=0.3, cooldown_fraction=0.4,
         groups=(
             {"match": "embedding", "lr": 3e-2, "weight_decay": 0.0},
             {"match": "bias", "ascent": True, "lr": 1e-3},
@@ -153,7 +155,7 @@ def test_groups_and_schedules_equal_torch(on_cpu, schedule):
     assert [spec.trained for spec in specs] == [True, True, True, False]
     row = initial_row(specs, torch.Generator().manual_seed(0)).double()[None]
     parameters = FlatParameters(specs, row)
-    optimizer = PackedAdamW(parameters, [settings], total_updates=20)
+    optimizer = PackedAdamW(parameters, [settings], total_updates=20, timed=timed)
     if not on_cpu:
         optimizer.on_cpu = False
         optimizer._place_scalars()
@@ -174,8 +176,10 @@ def test_groups_and_schedules_equal_torch(on_cpu, schedule):
             parameters.views[name].grad[0] = tensors[name].grad
         torch.nn.utils.clip_grad_norm_([tensors[name] for name in rates], 0.5)
         for group, name in zip(reference.param_groups, rates, strict=True):
-            group["lr"] = rates[name] * settings.lr_factor(update, 20)
+            group["lr"] = rates[name] * settings.lr_factor(update, 20, update / 15 if timed else None)
         reference.step()
+        if timed:
+            optimizer.set_done(update / 15)  # the last ones are late
         optimizer.step()
     for name, tensor in tensors.items():
         torch.testing.assert_close(parameters.views[name].detach()[0], tensor.detach(), rtol=1e-5, atol=1e-7)

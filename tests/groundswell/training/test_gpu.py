@@ -1,8 +1,12 @@
 """The same training on a GPU: eager, as a CUDA graph, compiled; equal to the CPU's to rounding; resumed from a file."""
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from groundswell.training import stopwatch
 from groundswell.training.pack import Member, Pack
 from groundswell.training.trainer import PackTrainer
 
@@ -54,6 +58,19 @@ def test_low_precision_is_near(variants, precision):
 def test_graph_and_compiled_equal_eager(variants, option):
     eager, other = losses(variants("cuda")), losses(variants("cuda", **{option: True}))
     torch.testing.assert_close(other, eager, rtol=0, atol=1e-4)
+
+
+def test_a_graph_follows_the_clock(variants, monkeypatch):
+    """Rates that depend on the seconds reach a captured step."""
+    ticks: list[Iterator[int]] = []
+
+    def timed(**scaling):
+        ticks[:] = [itertools.count()]
+        changes = {"budget.seconds": 60.0, "optimizer.schedule": "trapezoid", "optimizer.warmup_steps": 0}
+        return [e.with_overrides(changes) for e in variants("cuda", **scaling)]
+
+    monkeypatch.setattr(stopwatch, "clock", lambda: float(next(ticks[0])))
+    torch.testing.assert_close(losses(timed(cuda_graph=True)), losses(timed()), rtol=0, atol=1e-4)
 
 
 def test_packed_equals_alone(variants):
