@@ -55,10 +55,10 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DEMO = Experiment(
     task=TINY["addition"]["task"],
-    model=RecurrentDecoder(num_layers=2, width=64, num_heads=4, inject_every_layer=True, abacus_max_offset=12),
+    model=RecurrentDecoder(num_layers=2, width=64, num_heads=4, abacus_max_offset=12),
     objective=ProgressiveLoss(),
     optimizer=AdamW(lr=3e-3, weight_decay=0.01, beta2=0.98, schedule="trapezoid", cooldown_fraction=0.3),
-    budget=Budget(steps=2_000, batch_size=144),
+    budget=Budget(steps=1_500, batch_size=144),
     evaluation=Evaluation(schedule=Every(every=250), max_examples=200),
     checkpointing=Checkpointing(schedule=Every(every=500)),
 )
@@ -67,8 +67,8 @@ SIZES: dict[str, Any] = {  # what for, tasks, embeddings, depth, architectures, 
     "smoke": ("does everything work", TINY, ("abacus", "nope"), 2, ("injection", "looped"), (0,), LengthGrid(
         max_first=4, samples=20), {"budget.steps": 40, "model.width": 32, "evaluation.schedule.every": 20}),
     "demo": ("four embeddings, three seeds, lengths 1-3, on 2 CPU cores", TINY, ("abacus", "nope", "learned", "fire"),
-        2, ("injection",), (0, 1, 2), LengthGrid(max_first=8, samples=50), {}),
-    "search": ("rate, offset and width of Abacus, with --search optuna", TINY, ("abacus",), 2, ("injection",), (0, 1),
+        2, ("standard",), (0, 1, 2), LengthGrid(max_first=8, samples=50), {}),
+    "search": ("rate, offset and width of Abacus, with --search optuna", TINY, ("abacus",), 2, ("standard",), (0, 1),
         LengthGrid(max_first=8, samples=50), {"budget.steps": 1_000}),
     "small": ("all embeddings and architectures, lengths 1-10, on one GPU", SMALL, tuple(EMBEDDINGS), 4,
         ("standard", "injection", "looped"), (0, 1, 2), LengthGrid(max_first=40, samples=32), {
