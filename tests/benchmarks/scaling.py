@@ -3,8 +3,8 @@
     python tests/benchmarks/scaling.py [--strategies ddp fsdp ...] [--steps 30] [--rounds 3]
 
 Steps a second are the best reading of each run (of 5 steps each), after the first: a shared machine disturbs readings
-one way only. `train_overhead` is how much slower DDP's 2 workers are under Ray Train than bare, the best of each over rounds
-that alternate between the two. `start_up_s` is from the command to the end of the first step under Ray Train.
+one way only. `train_overhead` is how much slower DDP's 2 workers are under Ray Train than bare, the best of each over
+rounds that alternate between the two. `start_up_s` is from the command to the end of the first step under Ray Train.
 """
 
 from __future__ import annotations
