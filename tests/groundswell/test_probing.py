@@ -235,12 +235,12 @@ def test_actors_stay_with_a_task():
 
 def test_the_line_of_progress():
     progress = ProbeProgress(quiet(), 50)
-    assert progress.line() == "0/50 checkpoints | starting actors"
+    assert progress.line() == "0/50 questions | starting actors"
     progress.begin()
     progress.actors = 2
     progress.count(answered=12, failed=1)
     progress._begin -= 5.2
-    assert progress.line() == "13/50 checkpoints | 2 actors | 2.5/s | 15 s left | 1 failed"
+    assert progress.line() == "13/50 questions | 2 actors | 2.5/s | 15 s left | 1 failed"
 
 
 def test_results_have_the_answers_of_all_steps(tiny, trained, sweep):

@@ -80,6 +80,7 @@ def assert_answered(sweep):
         assert not list((run.path / "probes").rglob(".*"))
 
 
+@pytest.mark.slow
 def test_two_actors_answer_each_checkpoint_once(sweep, log, probe):
     code, printed = probe("--pause-s", "0.2", "--workers", "2")
     assert code == 0, printed

@@ -17,7 +17,6 @@ STRATEGIES = {
     "zero_3": ["--scaling.strategy", "deepspeed", "--scaling.zero-stage", "3"],
 }
 ONE_RUN = ["--axis", "optimizer.lr=0.01", "--axis", "seed=0", "--scaling.num-workers", "2"]
-KILLED = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero_2", "zero_3"))]
 
 
 @pytest.fixture
@@ -54,7 +53,8 @@ def assert_as_if_undisturbed(run: RunFolder, tmp_path) -> None:
     assert_tracked_once(SweepFolder(run.path.parents[1]))
 
 
-@pytest.mark.parametrize("strategy", KILLED)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero_2", "zero_3"])
 def test_killed_worker(begin, tmp_path, strategy):
     sweep, run = begin(strategy)
     sweep.wait_until(lambda: max(states(run), default=0) >= 20)
@@ -131,6 +131,7 @@ def test_ctrl_c_saves_the_state(begin, tmp_path):
     assert_as_if_undisturbed(run, tmp_path)
 
 
+@pytest.mark.slow
 def test_more_workers_than_there_are(start, tmp_path):
     sweep = start(tmp_path / "results", "--axis", "seed=0", "--scaling.strategy", "ddp", "--scaling.num-workers", "3")
     assert sweep.wait(90) == 2

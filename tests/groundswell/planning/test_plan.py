@@ -219,6 +219,7 @@ def test_seconds_are_no_number_of_updates():
         Planner("test", subject(**{"budget.seconds": 60, "budget.steps": None})).plan(Machine(A100, 1))
 
 
+@pytest.mark.slow
 def test_examples_that_are_made_take_no_memory():
     for task, expected in ((MadeModularArithmetic(modulus=23), False), (Reverse(), True)):
         assert task.num_train

@@ -62,12 +62,14 @@ def test_deepspeed_says_what_to_do_about_another_number_of_workers(tiny, make_ru
         run_workers(cut, 1)
 
 
+@pytest.mark.slow
 def test_more_workers_than_examples_in_a_batch(tiny, make_run):
     folder = make_run(tiny.with_overrides(DDP | {"scaling.num_workers": 2, "budget.batch_size": 1}))
     with pytest.raises(RuntimeError, match="ConfigError: budget.batch_size 1 is less than scaling.num_workers 2"):
         run_workers(folder, 2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_what_a_pack_writes(tiny, make_run):
     """Weights in the same files under the same names, so that whatever reads one reads the other."""
     from groundswell.training import checkpoint
