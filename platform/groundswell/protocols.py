@@ -117,7 +117,7 @@ class Task(Component, ABC):
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One tensor of a network. `init_std` draws N(0, std^2) in the given order; `init_value` fills."""
+    """One tensor of a network. `init_std` draws N(init_value, std^2) in the given order; without it `init_value` fills."""
 
     name: str
     shape: tuple[int, ...]

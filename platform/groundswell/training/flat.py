@@ -114,7 +114,7 @@ def initial_tensor(spec: ParameterSpec, generator: torch.Generator, reader: Weig
         return reader.read(spec.name)
     if spec.init_std is None:
         return torch.full(spec.shape, spec.init_value)
-    return torch.empty(spec.shape).normal_(0.0, spec.init_std, generator=generator)
+    return torch.empty(spec.shape).normal_(spec.init_value, spec.init_std, generator=generator)
 
 
 class PackedAdamW:
