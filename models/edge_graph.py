@@ -95,7 +95,8 @@ class EdgeGraph:
 
     @functools.cached_property
     def readers(self) -> tuple[str, ...]:
-        return tuple(name for layer in range(self.num_layers) for name in self.layer_readers(layer)) + (LAST_READER,)
+        names = (name for layer in range(self.num_layers) for name in self.layer_readers(layer))
+        return (*names, LAST_READER)
 
     @functools.cached_property
     def edges(self) -> tuple[Edge, ...]:

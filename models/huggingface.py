@@ -80,17 +80,17 @@ def to_config(decoder: Decoder, vocab_size: int, num_positions: int | None) -> d
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Raises ConfigError where config.json is missing or no JSON object."""
-    path = folder / CONFIG
+def read_config(
+    folder: Path, name: str = CONFIG, remedy: str = "give a folder that save_folder or save_pretrained wrote"
+) -> dict[str, Any]:
+    """Raises ConfigError where the file is missing or no JSON object."""
+    path = folder / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror or error}; give a folder that save_folder or save_pretrained wrote"
-        ) from None
+        raise ConfigError(f"{path}: {error.strerror or error}; {remedy}") from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
+        raise ConfigError(f"{path}: not JSON ({error}); copy the file again") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: a JSON object is expected")
     return config

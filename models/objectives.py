@@ -30,13 +30,8 @@ class AnswerLoss(Objective):
         generators: Sequence[torch.Generator] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model.answer_logits(parameters, batch.tokens, batch.positions, generators)
-        losses, right = token_losses(logits, batch.targets)
-        counted = batch.targets != IGNORE
-        mean = losses.sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
-        proper = answer.columns
-        answers = losses.detach()[:, :, proper].sum((1, 2)) / counted[:, :, proper].sum((1, 2)).clamp(min=1)
-        accuracy = (right | ~counted).all(-1).to(mean.dtype).mean(-1)
-        return mean, {"answer_loss": answers, "accuracy": accuracy}
+        sums, metrics = answer_losses(logits, batch, answer)
+        return sums / (batch.targets != IGNORE).sum((1, 2)).clamp(min=1), metrics
 
     def weight(self, batch: Split) -> Tensor:
         """Answer tokens [K]."""
@@ -94,6 +89,15 @@ class WordLoss(Objective):
             "uniform_nll": uniform,
             "uniform_candidate_nll": candidates,
         }
+
+
+def answer_losses(logits: Tensor, batch: Split, answer: Answer) -> tuple[Tensor, dict[str, Tensor]]:
+    """logits [K, B, A, V] -> summed cross-entropy of all answer tokens [K], training metrics of `AnswerLoss`."""
+    losses, right = token_losses(logits, batch.targets)
+    counted, proper = batch.targets != IGNORE, answer.columns
+    answers = losses.detach()[:, :, proper].sum((1, 2)) / counted[:, :, proper].sum((1, 2)).clamp(min=1)
+    accuracy = (right | ~counted).all(-1).to(losses.dtype).mean(-1)
+    return losses.sum((1, 2)), {"answer_loss": answers, "accuracy": accuracy}
 
 
 def _word_nll(losses: Tensor) -> Tensor:

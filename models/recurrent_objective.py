@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from groundswell.config import ConfigError
-from groundswell.protocols import IGNORE, Answer, Model, Parameters, Split
-from models.objectives import AnswerLoss, token_losses
+from groundswell.protocols import IGNORE, Answer, Model, Objective, Parameters, Split
+from models.objectives import AnswerLoss, answer_losses
 from models.recurrent import Recurrences
 
 
@@ -92,21 +92,14 @@ class ProgressiveLoss(AnswerLoss):
         recurrences: Recurrences,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model.answer_logits(parameters, batch.tokens, batch.positions, generators, recurrences=recurrences)
-        losses, right = token_losses(logits, batch.targets)
-        counted = batch.targets != IGNORE
-        number = counted.sum((1, 2)).clamp(min=1)
+        sums, metrics = answer_losses(logits, batch, answer)
         slots = batch.tokens.shape[1] * batch.tokens.shape[2]
-        mean = losses.sum((1, 2)) / (number if self.reduction == "mean" else slots)
-        proper = answer.columns
-        answers = losses.detach()[:, :, proper].sum((1, 2)) / counted[:, :, proper].sum((1, 2)).clamp(min=1)
-        accuracy = (right | ~counted).all(-1).to(mean.dtype).mean(-1)
-        return mean, {"answer_loss": answers, "accuracy": accuracy}
+        number = (batch.targets != IGNORE).sum((1, 2)).clamp(min=1) if self.reduction == "mean" else slots
+        return sums / number, metrics
 
     def weight(self, batch: Split) -> Tensor:
         """Answer tokens [K], or rows where the loss is over all slots."""
-        if self.reduction == "mean":
-            return super().weight(batch)
-        return torch.full(batch.tokens.shape[:1], float(batch.tokens.shape[1]), device=batch.tokens.device)
+        return super().weight(batch) if self.reduction == "mean" else Objective.weight(self, batch)
 
 
 def _draw_pair(total: int, most: int, generator: torch.Generator, device: torch.device) -> Tensor:

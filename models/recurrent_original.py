@@ -21,6 +21,7 @@ from torch import Tensor
 
 from groundswell.config import ConfigError
 from groundswell.protocols import ParameterSpec
+from models.huggingface import read_config
 
 if TYPE_CHECKING:
     from models.recurrent_settings import RecurrentSettings
@@ -79,15 +80,7 @@ def is_original(folder: Path) -> bool:
 
 def fields_of_folder(folder: Path) -> dict[str, Any]:
     """Fields of `RecurrentDecoder` for a checkpoint folder. Raises ConfigError."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror or error}; give a checkpoint folder of the published code"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); copy the file again") from None
+    path, config = folder / CONFIG, read_config(folder, CONFIG, "give a checkpoint folder of the published code")
     try:
         return fields_of_config(config.get("arch", config))
     except (KeyError, AttributeError, TypeError) as error:
