@@ -18,9 +18,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 sweep: install
 	$(BIN)/python sweeps/grok_wd_layers.py $(ARGS)
 
-# Two processes, each with whole files, those that wait for Ray first: they leave the processor to the others.
+# Two processes, each with whole files in the order of tests/conftest.py.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/sweeps tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: install
 	$(BIN)/python -m pytest -m 'not gpu' --timeout 1200 $(ARGS)

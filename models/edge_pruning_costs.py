@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from groundswell.planning.strategies import Extra
+from models.edge_graph import EdgeGraph
 
 Form = Literal["published", "fast"]
 REFERENCE_RUNS = 2  # the full model on the clean and on the corrupted input
@@ -22,38 +23,10 @@ READ_COPIES = 3  # of a layer's read inputs: as read, normalised, and the gradie
 
 
 @dataclass(frozen=True)
-class Graph:
-    """Sizes of the edge graph."""
+class Graph(EdgeGraph):
+    """An edge graph whose writers have a width."""
 
-    num_layers: int
-    num_heads: int
-    width: int
-    num_kv_heads: int | None = None
-    num_embedding_writers: int = 0  # token and position embeddings, where they are masked
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def num_writers(self) -> int:
-        """Embeddings, then the heads and the MLP of each layer."""
-        return self.num_embedding_writers + self.num_layers * (self.num_heads + 1)
-
-    @property
-    def readers_per_layer(self) -> int:
-        """q of each head, k and v of each key/value head, the MLP."""
-        return self.num_heads + 2 * self.kv_heads + 1
-
-    def writers_before(self, layer: int) -> int:
-        """Rows that are filled when a layer begins."""
-        return self.num_embedding_writers + layer * (self.num_heads + 1)
-
-    @property
-    def num_edges(self) -> int:
-        """q, k, v see the writers before their layer, the MLP its layer's heads too, the last reader all."""
-        before = sum(self.writers_before(layer) for layer in range(self.num_layers))
-        return before * self.readers_per_layer + self.num_layers * self.num_heads + self.num_writers
+    width: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ hypothesis.settings.register_profile("no clock", deadline=None)  # tests never f
 hypothesis.settings.load_profile("no clock")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for Ray come first: beside them the other process has all the quick ones to do."""
+    items.sort(key=lambda item: "sweeps" not in item.path.parts)
+
+
 @pytest.fixture
 def tiny() -> Experiment:
     """Modular addition, one layer: milliseconds a step."""

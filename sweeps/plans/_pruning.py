@@ -34,11 +34,12 @@ def codellama(num_layers: int, num_heads: int, width: int, mlp_width: int) -> Ex
     return pruning(TransformersModel.from_dict(fields), 32_016, 32, 72, 6_000, 8_000, "bf16")
 
 
-def extras(form: Form, num_embedding_writers: int) -> PlanExtras:
+def extras(form: Form, embeddings: tuple[str, ...]) -> PlanExtras:
     def of(experiment: Experiment, micro_batch: int) -> Extra:
         model = experiment.model
         assert isinstance(model, TransformersModel)
-        graph = Graph(model.num_layers, model.num_heads, model.width, model.num_kv_heads, num_embedding_writers)
+        kv_heads = model.num_kv_heads or model.num_heads
+        graph = Graph(model.num_layers, model.num_heads, kv_heads, embeddings, model.width)
         element = 2 if experiment.scaling.precision == "bf16" else 4
         return extra(graph, form, micro_batch, experiment.task.max_length, element)
 

@@ -3,4 +3,4 @@
 from sweeps.plans._pruning import codellama, extras
 
 experiment = codellama(num_layers=40, num_heads=40, width=5120, mlp_width=13824)
-plan_extras = extras("published", num_embedding_writers=0)
+plan_extras = extras("published", embeddings=())

@@ -3,4 +3,4 @@
 from sweeps.plans._pruning import codellama, extras
 
 experiment = codellama(num_layers=32, num_heads=32, width=4096, mlp_width=11008)
-plan_extras = extras("fast", num_embedding_writers=0)
+plan_extras = extras("fast", embeddings=())

@@ -5,4 +5,4 @@ from sweeps.plans._pruning import extras, pruning
 
 model = TransformersModel(architecture="gpt2", num_layers=12, num_heads=12, width=768)
 experiment = pruning(model, vocabulary=50_257, batch=32, length=64, steps=3_000, examples=10_000, precision="float32")
-plan_extras = extras("fast", num_embedding_writers=2)
+plan_extras = extras("fast", embeddings=("tok_embeds", "pos_embeds"))
