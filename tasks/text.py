@@ -9,10 +9,9 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,12 +21,10 @@ from torch import Tensor
 from groundswell.config import ConfigError
 from groundswell.files import check_name
 from groundswell.protocols import IGNORE, Answer, Dataset, Split, Task
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from tasks.tokenizer_files import load_tokenizer, load_vocabulary, tokenizer_key
 
 TRAIN, VALIDATION, SUFFIX = "train", "validation", ".jsonl"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # What the end-of-text token is called where no tokenizer_config.json says: GPT-2, Llama 3, Llama 2 and Mistral, others.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BATCH = 1_000  # documents tokenised together
@@ -63,7 +60,7 @@ class Text(Task):
 
     @property
     def vocab_size(self) -> int:
-        return len(_vocabulary(*self._tokenizer_key()))
+        return len(load_vocabulary(*tokenizer_key(self.tokenizer)))
 
     @property
     def max_length(self) -> int:
@@ -94,7 +91,7 @@ class Text(Task):
             "tokens": {name: rows[name].num_tokens for name in counts},
             "sha256": _digest({TRAIN: train, **splits}),
         }
-        vocabulary = _vocabulary(*self._tokenizer_key())
+        vocabulary = load_vocabulary(*tokenizer_key(self.tokenizer))
         return Dataset(vocabulary, train, splits, Answer(slice(0, self.num_answers)), manifest)
 
     # ---- files ----
@@ -150,22 +147,10 @@ class Text(Task):
 
     # ---- tokens ----
 
-    def _tokenizer_key(self) -> tuple[Path, int]:
-        """File and time of its last change. Raises ValueError where there is none."""
-        path = Path(self.tokenizer)
-        path = path / TOKENIZER if path.is_dir() else path
-        try:
-            return path, path.stat().st_mtime_ns
-        except OSError as error:
-            raise ValueError(
-                f"tokenizer {path}: {error.strerror or error}; give a {TOKENIZER} or a folder with one (an older "
-                "tokenizer: AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
-            ) from None
-
     def _separator_id(self) -> int | None:
         """None: documents are not closed (padded without a separator)."""
-        path, changed = self._tokenizer_key()
-        tokenizer = _tokenizer(path, changed)
+        path, changed = tokenizer_key(self.tokenizer)
+        tokenizer = load_tokenizer(path, changed)
         if self.separator is not None:
             found = tokenizer.token_to_id(self.separator)
             if found is None:
@@ -184,7 +169,9 @@ class Text(Task):
         """Token ids of each document as it goes into the rows."""
         packed, separator = self.packing == "packed", self._separator_id()
         closing = [] if separator is None else [separator]
-        encodings = _tokenizer(*self._tokenizer_key()).encode_batch_fast(texts, add_special_tokens=not packed)
+        encodings = load_tokenizer(*tokenizer_key(self.tokenizer)).encode_batch_fast(
+            texts, add_special_tokens=not packed
+        )
         for encoding in encodings:
             ids = encoding.ids + closing
             yield ids if packed else ids[: self.length]
@@ -242,26 +229,6 @@ class _Rows:
         for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
             tokens[row, :length] = self._flat()[start : start + length]
         return tokens, tokens[:, 1:].masked_fill(~inside[:, 1:], IGNORE)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(path: Path, changed: int) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer {path}: cannot be read ({error}); give a {TOKENIZER}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-@lru_cache(maxsize=4)
-def _vocabulary(path: Path, changed: int) -> tuple[str, ...]:
-    """Token of each id; ids that no token has get a name of their own."""
-    ids = {index: token for token, index in _tokenizer(path, changed).get_vocab(with_added_tokens=True).items()}
-    return tuple(ids.get(index, f"<unused {index}>") for index in range(max(ids) + 1))
 
 
 def _end_of_text(path: Path) -> str | None:

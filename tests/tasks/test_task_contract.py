@@ -11,6 +11,7 @@ from groundswell.protocols import IGNORE, Dataset, Examples, Split, Task
 from tasks.arithmetic import Arithmetic
 from tasks.arithmetic_examples import LengthTask
 from tasks.arithmetic_rows import longest_run
+from tasks.boolean_expressions import BooleanExpressions
 from tasks.chain import Chain
 from tasks.chain_related import ChainRelated
 from tasks.comparison import Comparison
@@ -18,6 +19,9 @@ from tasks.complex_reasoning import ComplexReasoning
 from tasks.composition import Composition
 from tasks.examples import row_texts
 from tasks.folder import Folder, write_folder
+from tasks.gendered_pronoun import GenderedPronoun
+from tasks.greater_than import GreaterThan
+from tasks.ioi import Ioi
 from tasks.modular_arithmetic import ModularArithmetic
 from tasks.positional_or import PositionalOr
 from tasks.random_tokens import RandomTokens
@@ -25,6 +29,7 @@ from tasks.reverse import Reverse
 from tasks.reverse_icl import ReverseICL
 from tasks.sorting import Sorting
 from tasks.text import Text
+from tasks.tracr_tasks import TracrProportion, TracrReverse
 from tasks.vocabulary import PAD, SPECIAL_TOKENS
 
 COMPOSITION = Composition(num_entities=20, num_relations=8, out_degree=6, phi=3, ood_fraction=0.2, iid_fraction=0.1)
@@ -66,13 +71,23 @@ LENGTHS = {  # their training rows are made when they are read, and their evalua
     "sorting": Sorting(num_examples=500, num_test=20, test_lengths=(3, 12)),
     "positional or": PositionalOr(max_first=8, max_second=8, test_fraction=0.2, num_test=20, test_lengths=(3, 12)),
 }
+SIZES = {"train_size": 40, "validation_size": 20, "test_size": 30}
+CIRCUITS = {  # their rows hold two texts, and the words of their vocabularies are no <...> tokens
+    "indirect objects": Ioi(**SIZES),
+    "indirect objects alone": Ioi(pairs=False, **SIZES),
+    "later years": GreaterThan(**SIZES),
+    "pronouns": GenderedPronoun(**SIZES),
+    "expressions": BooleanExpressions(**SIZES),
+    "compiled reversal": TracrReverse(),
+    "compiled fractions": TracrProportion(),
+}
 TEXTS = {"text": {}, "text in padded rows": {"packing": "padded", "max_documents": 50}}  # these need files
 
 
-@pytest.fixture(params=[*TASKS, *LENGTHS, *TEXTS])
+@pytest.fixture(params=[*TASKS, *LENGTHS, *CIRCUITS, *TEXTS])
 def any_task(request: pytest.FixtureRequest, tmp_path) -> Task:
-    if request.param in TASKS | LENGTHS:
-        return (TASKS | LENGTHS)[request.param]
+    if request.param not in TEXTS:
+        return (TASKS | LENGTHS | CIRCUITS)[request.param]
     documents, tokenizer = write_documents(tmp_path / "text.jsonl"), write_tokenizer(tmp_path)
     return Text(path=str(documents), tokenizer=str(tokenizer), length=8, **TEXTS[request.param])
 
