@@ -29,7 +29,9 @@ ELSEWHERE = {  # commands of modules that are imported only when they are called
     "plan": ("groundswell.plan_command", "Will a run fit, what binds, how long does it take, what does it cost."),
     "convert": ("groundswell.scaling.convert", "Make a run's DeepSpeed state one that any number of workers can read."),
     "arithmetic": ("tasks.arithmetic_text", "Write arithmetic problems as files, and tokenise folders of them."),
+    "tracr": ("models.tracr_command", "Compile a RASP program into a network whose circuit is known."),
     "score": ("analysis.scoring", "Score answers that are files already (all_items.json), ours or the original's."),
+    "circuit": ("analysis.circuit_commands", "Evaluate, intersect, compare, draw and export circuits of edges."),
     "in-context": ("analysis.in_context", "Compare with language models that read the facts: write, ask, score."),
 }
 StateName = Literal["waiting", "running", "finished", "stopped", "pruned", "diverged", "failed"]

@@ -117,7 +117,7 @@ class Task(Component, ABC):
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One tensor of a network. `init_std` draws N(init_value, std^2) in the given order; without it `init_value` fills."""
+    """One tensor of a network. `init_std` draws N(init_value, std^2) in the given order; else `init_value` fills."""
 
     name: str
     shape: tuple[int, ...]
@@ -175,6 +175,12 @@ class Model(Component, ABC):
         """Does training draw random numbers? Then the engine hands `generators` to the objective."""
         return getattr(self, "dropout", 0.0) > 0
 
+    @property
+    def noise_by_example(self) -> bool:
+        """Does each example have random numbers of its own, as with dropout? False: they belong to the parameters, and
+        all workers of a run draw the same."""
+        return True
+
     def generate(
         self, parameters: Parameters, prompts: Tensor, num_tokens: int, stop_token: int | None = None
     ) -> Tensor:
@@ -226,6 +232,11 @@ class Model(Component, ABC):
 
 class Objective(Component, ABC):
     """Model and batch to losses: what is special about a method lives here."""
+
+    def scheduled(self, update: int, total: int) -> Mapping[str, float]:
+        """Numbers of one run that change from update to update (targets, coefficients): their values in number `update`
+        (from 0) of at most `total`. Where there are any, `loss` is given them as `scheduled`: name -> [K]."""
+        return {}
 
     @abstractmethod
     def loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,30 @@ class WrappedModel:
         )
 
 
+class FunctionalNetwork(nn.Module):
+    """The parameters of a model that is called as it is in a pack, for models whose objectives ask more of them than
+    logits. What wraps the module sees one forward pass around whatever is computed with the parameters."""
+
+    blocks: tuple[nn.Module, ...] = ()
+
+    def __init__(self, model: Model, specs: Sequence[ParameterSpec]) -> None:
+        super().__init__()
+        self.model, self.names = model, [spec.name for spec in specs]
+        for spec in specs:
+            *path, last = spec.name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(last, nn.Parameter(torch.empty(spec.shape, device="meta")))
+
+    def forward(self, compute: Callable[[Model, dict[str, Tensor]], Any]) -> Any:
+        """What `compute` makes of the model and the parameters [1, *shape]."""
+        # by attribute, which is where DeepSpeed puts sharded parameters together
+        return compute(self.model, {name: self.get_parameter(name)[None] for name in self.names})
+
+
 class TrainingStep(nn.Module):
     """Network and objective in one module: a wrapper sees one forward pass a loss, whatever the objective does."""
 
@@ -57,6 +81,12 @@ class TrainingStep(nn.Module):
         self.objective = experiment.objective
         self.answer = answer
         self._model: Any = WrappedModel(network, experiment.model)
+        self._scheduled: dict[str, Tensor] = {}
+
+    def schedule(self, update: int, total: int, device: torch.device) -> None:
+        """Take what the objective schedules for the coming update."""
+        values = self.objective.scheduled(update, total)
+        self._scheduled = {name: torch.tensor([value], device=device) for name, value in values.items()}
 
     def forward(
         self, batch: Split, source: torch.Generator | None = None, evaluate: bool = False
@@ -65,12 +95,20 @@ class TrainingStep(nn.Module):
 
         `batch` has the trial axis of one run ([1, B, ...]); `source` switches the stochastic parts on.
         """
-        if evaluate:
-            metrics = self.objective.evaluate(self._model, {}, batch, self.answer)
-            return torch.zeros(()), {name: value[0] for name, value in metrics.items()}
-        generators = None if source is None else [source]
-        loss, metrics = self.objective.loss(self._model, {}, batch, self.answer, generators)
-        return loss[0], {name: value[0] for name, value in metrics.items()}
+
+        def compute(model: Any, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            if evaluate:
+                metrics = self.objective.evaluate(model, parameters, batch, self.answer)
+                return torch.zeros(()), {name: value[0] for name, value in metrics.items()}
+            generators = None if source is None else [source]
+            options: dict[str, Any] = {"scheduled": self._scheduled} if self._scheduled else {}
+            loss, metrics = self.objective.loss(model, parameters, batch, self.answer, generators, **options)
+            return loss.sum(), {name: value[0] for name, value in metrics.items()}  # no view: FSDP2 hooks into it
+
+        if isinstance(self.network, FunctionalNetwork):
+            result: tuple[Tensor, dict[str, Tensor]] = self.network(compute)
+            return result
+        return compute(self._model, {})
 
 
 def build_network(experiment: Experiment) -> tuple[Any, list[ParameterSpec]]:
@@ -78,6 +116,11 @@ def build_network(experiment: Experiment) -> tuple[Any, list[ParameterSpec]]:
     e = experiment
     specs = parameter_specs(e)
     network: Any = e.model.network(e.task.vocab_size, e.task.max_length)
+    if isinstance(network, FunctionalNetwork) and e.scaling.precision == "bf16" and e.scaling.strategy != "ddp":
+        raise ConfigError(
+            f"scaling.precision bf16: {e.scaling.strategy} would round what {type(e.model).__name__} trains; use "
+            "float32 here, and set the precision of what is frozen in the model"
+        )
     parameters = dict(network.named_parameters())
     if list(parameters) != [s.name for s in specs] and set(parameters) != {s.name for s in specs}:
         raise RuntimeError(f"{type(e.model).__name__}: network() and parameters() name different tensors")

@@ -169,11 +169,13 @@ class WorkerTrainer:
         e = self.experiment
         for number, rows in enumerate(self._batches()):
             update = self.step * self.updates_per_step + number
+            total = e.budget.total * self.updates_per_step
             done = None if e.budget.seconds is None else self.run.elapsed / e.budget.seconds
-            factor = e.optimizer.lr_factor(update, e.budget.total * self.updates_per_step, done)
+            factor = e.optimizer.lr_factor(update, total, done)
+            self.engine.step_module.schedule(update, total, self.device)
             if self.dropout is not None:  # each update and worker has its own stream, so there is no state to keep
-                seed = stream_seed(e.seed, f"dropout/{update}/{self.place.rank}")
-                self.dropout.manual_seed(seed)
+                rank = self.place.rank if e.model.noise_by_example else 0
+                self.dropout.manual_seed(stream_seed(e.seed, f"dropout/{update}/{rank}"))
             metrics = self.engine.update(self._pieces(rows), factor, self.dropout)
             for name, value in metrics.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()

@@ -101,6 +101,7 @@ class Pack:
         self._place_data()
         self._loss = torch.compile(self._forward, dynamic=False) if self.scaling.compile else self._forward
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._scheduled: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
 
@@ -153,8 +154,19 @@ class Pack:
 
     def _forward(self, parameters: dict[str, Tensor], batch: Split) -> tuple[Tensor, dict[str, Tensor]]:
         generators = [m.dropout for m in self.members] if self._uses_generators else None
+        options: dict[str, Any] = {"scheduled": self._scheduled} if self._scheduled else {}
         with self._autocast():
-            return self.objective.loss(self.model, parameters, batch, self.answer, generators)
+            return self.objective.loss(self.model, parameters, batch, self.answer, generators, **options)
+
+    def _schedule(self) -> None:
+        """What the members' objectives schedule for the coming update, [K] each: in place, where a graph reads it."""
+        update, total = self.optimizer.step_count, self.optimizer.total_updates
+        runs = [member.experiment.objective.scheduled(update, total) for member in self.members]
+        for name in runs[0]:
+            values = torch.tensor([run[name] for run in runs], dtype=self.dtype)
+            if name not in self._scheduled:
+                self._scheduled[name] = torch.empty_like(values, device=self.device)
+            self._scheduled[name].copy_(values)
 
     def _update(self, rows: Tensor) -> dict[str, Tensor]:
         """One update on data rows [K, B]. Returns the metrics [K]."""
@@ -187,6 +199,7 @@ class Pack:
         for rows in self._batches(steps):
             if self.budget.seconds is not None:
                 self.optimizer.set_done(self.watch.elapsed / self.budget.seconds)
+            self._schedule()
             metrics = self._replay(rows) if self.scaling.cuda_graph else self._update(rows)
             for name, value in metrics.items():
                 if name in self._sums:
