@@ -15,6 +15,7 @@ from rich.table import Table
 
 from groundswell.cli import PLAIN_WIDTH
 from groundswell.config import ConfigError, parse_value, suggest
+from groundswell.files import check_name
 from models.rasp import Value, evaluate
 from models.tracr_compiler import compile_program
 from models.tracr_network import TracrNetwork
@@ -22,6 +23,15 @@ from models.tracr_programs import PROGRAMS, Program, all_inputs
 
 MAX_CHECKED = 2_000  # sequences: up to so many all of them, else so many drawn ones
 NEAR = 1e-3  # numbers of the network and of the program
+
+
+def compiled_folder(name: str, parent: str | Path = "results/networks") -> str:
+    """Folder of a program of `PROGRAMS` as a network, compiled where it is not there yet (milliseconds)."""
+    folder = Path(parent) / check_name(name, "program")
+    if not (folder / "config.json").exists():
+        program = find_program(name)
+        TracrNetwork(compile_program(program.expression, program.vocabulary, program.max_length)).save(folder, name)
+    return str(folder)
 
 
 def compile_folder(

@@ -341,11 +341,11 @@ class Driver:
                 self.on_members([folder.fail(error)])
 
     def _outcome(self, folder: RunFolder) -> dict[str, Any]:
-        values = [
-            line["metrics"][self.sweep.metric] for line in folder.journal() if self.sweep.metric in line["metrics"]
-        ]
+        last: dict[str, float] = {}
+        for line in folder.journal():
+            last |= line["metrics"]
         status = folder.status()
-        return {"state": status.state, "step": status.step, "value": values[-1] if values else None}
+        return {"state": status.state, "step": status.step, "values": [last.get(m) for m in self.sweep.objectives]}
 
     # ---- the end ----
 

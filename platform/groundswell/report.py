@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -50,11 +53,31 @@ def default_report(results: Results, metric: str) -> Report:
     return Report(f"{metric} at the last evaluation", table)
 
 
+def pareto_front(results: Results, objectives: Mapping[str, Literal["max", "min"]]) -> pd.DataFrame:
+    """Settings of which no other is as good in all metrics and better in one: axes, and each metric's last value, mean
+    over the replicates. Best in the first metric first."""
+    axes = results.setting_axes
+    columns = []
+    for metric in objectives:
+        last = results.curves(metric).sort_values("step").groupby("run_id", as_index=False).last()
+        columns.append(last.groupby(axes, as_index=False)["value"].mean().rename(columns={"value": metric}))
+    table = functools.reduce(lambda left, right: left.merge(right, on=axes), columns)
+    better = np.stack([table[m] * (1 if mode == "max" else -1) for m, mode in objectives.items()], axis=1)
+    beaten = ((better[None] >= better[:, None]).all(-1) & (better[None] > better[:, None]).any(-1)).any(1)
+    first, mode = next(iter(objectives.items()))
+    return table[~beaten].sort_values(first, ascending=mode == "min")
+
+
 def finish_report(sweep: Sweep, results: Results, folder: SweepFolder, console: Console) -> dict[str, Path]:
     """Make, save and print the report. Returns artifact path -> file, for the parent run."""
     report = sweep.report(results) if sweep.report else default_report(results, sweep.metric)
     saved = save_report(report, results, folder.path)
     print_table(report, console)
+    if sweep.also and results.setting_axes:
+        front = pareto_front(results, sweep.objectives)
+        saved["tables/pareto_front.csv"] = folder.path / "tables" / "pareto_front.csv"
+        atomic_write(saved["tables/pareto_front.csv"], front.to_csv(index=False))
+        print_table(Report("Settings that no other beats in all of them (Pareto front)", front), console)
     for remark in report.remarks:
         console.print(remark, soft_wrap=True, highlight=False)
     print_troubles(results, console)

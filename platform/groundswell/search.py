@@ -17,7 +17,7 @@ from groundswell.tuning import Unsaved
 
 SearchName = Literal["grid", "random", "optuna"]
 Packer = Callable[[Sequence[PlannedRun]], list[list[PlannedRun]]]
-Outcome = Mapping[str, Any]  # "state", "value" (the sweep's metric at the last evaluation, or None), "step"
+Outcome = Mapping[str, Any]  # "state", "values" (of the sweep's objectives at the last evaluation, or None), "step"
 
 
 class PackSource(ABC):
@@ -44,7 +44,7 @@ class ListedPacks(PackSource):
 class OptunaPacks(PackSource):
     """TPE over the sweep's axes. The study on disk is the truth: a new driver finds its open trials and goes on.
 
-    One Optuna trial is one setting; its value is the mean over the replicates. Trials are asked in groups large
+    One Optuna trial is one setting; its values are means over the replicates. Trials are asked in groups large
     enough to fill a pack, with constant liar so that a group spreads out.
     """
 
@@ -62,7 +62,7 @@ class OptunaPacks(PackSource):
         self.study = optuna.create_study(
             study_name=sweep.name,
             storage=f"sqlite:///{storage}",
-            direction="maximize" if sweep.mode == "max" else "minimize",
+            directions=["maximize" if mode == "max" else "minimize" for mode in sweep.objectives.values()],
             load_if_exists=True,
         )
         # A fresh seed for each continuation, a pure function of what is already known.
@@ -115,11 +115,13 @@ class OptunaPacks(PackSource):
                     del self._open[number]
 
     def _tell(self, number: int, outcomes: Sequence[Outcome]) -> None:
-        values = [o["value"] for o in outcomes if o["value"] is not None and math.isfinite(o["value"])]
-        if len(values) < len(outcomes) or any(o["state"] == "failed" for o in outcomes):
+        values = [value for o in outcomes for value in o["values"]]
+        whole = all(value is not None and math.isfinite(value) for value in values)
+        if not whole or any(o["state"] == "failed" for o in outcomes):
             self.study.tell(number, state=self._states.FAIL)
         else:
-            self.study.tell(number, sum(values) / len(values))
+            columns = zip(*(o["values"] for o in outcomes), strict=True)
+            self.study.tell(number, [sum(column) / len(outcomes) for column in columns])
 
 
 def _distribution(path: str, axis: Any) -> Any:

@@ -89,7 +89,9 @@ class PlannedRun:
 class Sweep:
     """What a sweep file builds.
 
-    `metric` at a run's last evaluation is what Optuna and the schedulers look at. `replicate_axis` is averaged over:
+    `metric` at a run's last evaluation is what Optuna and the schedulers look at. `also` names further metrics
+    (name -> mode) that Optuna weighs along with it: it then looks for settings of which none is better in all of them
+    (the Pareto front), and schedulers still go by `metric` alone. `replicate_axis` is averaged over:
     each setting is run once for each of its values. `probes` are asked of each run's last checkpoint, or with
     `probe_steps` "all" of every scheduled one, beginning while the sweep trains. `report` turns the results into a
     table and figures. `fields` win over what named axes set (they come from the command line).
@@ -100,11 +102,17 @@ class Sweep:
     axes: Mapping[str, Axis]
     metric: str
     mode: Literal["max", "min"] = "max"
+    also: Mapping[str, Literal["max", "min"]] = field(default_factory=dict)
     replicate_axis: str = "seed"
     report: Callable[..., Any] | None = field(default=None, compare=False)
     probes: tuple[Probe, ...] = ()
     probe_steps: Literal["last", "all"] = "last"
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def objectives(self) -> dict[str, Literal["max", "min"]]:
+        """All metrics that Optuna looks at, with their modes."""
+        return {self.metric: self.mode, **self.also}
 
     def replicates(self) -> tuple[Any, ...]:
         axis = self.axes.get(self.replicate_axis)
@@ -157,6 +165,7 @@ class Sweep:
             "name": self.name,
             "metric": self.metric,
             "mode": self.mode,
+            **({"also": dict(self.also)} if self.also else {}),
             "replicate_axis": self.replicate_axis,
             "axes": {path: axis.to_dict() for path, axis in self.axes.items()},
             "base": self.base.to_dict(),

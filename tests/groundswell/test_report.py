@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from groundswell.report import Report, default_report, print_table, print_troubles, save_report
+from groundswell.report import Report, default_report, pareto_front, print_table, print_troubles, save_report
 from groundswell.results import Results
 
 METRIC = "eval/test/accuracy"
@@ -44,6 +44,24 @@ def test_default_report_is_the_last_evaluation_over_the_seeds(results):
     table = default_report(results, METRIC).table.set_index("optimizer.lr")
     assert table.loc[1.0].to_dict() == pytest.approx({METRIC: 0.5, "lowest": 0.4, "highest": 0.6, "runs": 2})
     assert table.loc[2.0, "runs"] == 1
+
+
+def test_pareto_front():
+    """Means over the seeds: lr 2 is beaten by lr 1 in both, lr 3 is worse in accuracy but has fewer edges."""
+    readings = {1.0: [(0.8, 10), (0.9, 20)], 2.0: [(0.7, 30), (0.7, 30)], 3.0: [(0.5, 5), (0.5, 5)], 4.0: [(0.5, 6)] * 2}
+    rows = [
+        {"run_id": f"{lr}{seed}", "step": 1, METRIC: accuracy, "edges": edges, "optimizer.lr": lr, "seed": seed}
+        for lr, values in readings.items()
+        for seed, (accuracy, edges) in enumerate(values)
+    ]
+    runs = pd.DataFrame(rows)[["run_id", "optimizer.lr", "seed"]]
+    results = Results(runs, pd.DataFrame(rows), ("optimizer.lr", "seed"), "seed")
+    front = pareto_front(results, {METRIC: "max", "edges": "min"})
+    assert front.to_dict("list") == {
+        "optimizer.lr": [1.0, 3.0],
+        METRIC: pytest.approx([0.85, 0.5]),
+        "edges": pytest.approx([15.0, 5.0]),
+    }
 
 
 def test_troubles(results):

@@ -34,7 +34,8 @@ def source(sweep, tmp_path):
 
 
 def finish(source, run, value, state="finished"):
-    source.complete(run.run_id, {"state": state, "step": 60, "value": value})
+    values = list(value) if isinstance(value, tuple) else [value]
+    source.complete(run.run_id, {"state": state, "step": 60, "values": values})
 
 
 def drain(source, value=lambda run: 0.5):
@@ -108,6 +109,21 @@ def test_settings_without_a_value_are_told_as_failures(source, state, value):
     finish(packs, pack[0], 0.5)
     finish(packs, pack[1], value, state)
     assert packs.study.trials[0].state.name == "FAIL"
+
+
+def test_several_objectives(tiny, source):
+    """Two opposed ones: each value told is a mean over the replicates, and what none beats stays in the front."""
+    axes = {"optimizer.lr": Axis(low=1e-4, high=1e-1, log=True), "seed": Axis(values=(0, 1))}
+    sweep = Sweep("two", tiny, axes, metric=METRIC, also={"circuit/edges": "min"})
+    packs = source(num_samples=12, group=2, sweep=sweep)
+    told = drain(packs, lambda run: (run.experiment.optimizer.lr + run.experiment.seed, run.experiment.optimizer.lr))
+    assert len(told) == 24
+    assert [d.name for d in packs.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    for trial in packs.study.trials:
+        lr = trial.params["optimizer.lr"]
+        assert trial.values == pytest.approx([lr + 0.5, lr])
+    assert len(packs.study.best_trials) == 12  # the larger, the better in one and the worse in the other
+    assert source(num_samples=12, sweep=sweep).next_pack() is None  # a new driver goes on with the same study
 
 
 def test_the_search_learns(sweep, tmp_path, tiny):
