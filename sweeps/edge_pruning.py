@@ -14,7 +14,7 @@ from groundswell import AdamW, Budget, Checkpointing, Evaluation, Every, Experim
 from groundswell.cli import main
 from groundswell.experiment import ParameterGroup
 from groundswell.sweep import Axis, Sweep
-from groundswell.trained import trained_network
+from groundswell.trained import trained_networks
 from models.edge_masked import EdgeMasked
 from models.edge_objective import EdgePruning
 from models.tracr_command import compiled_folder
@@ -64,7 +64,7 @@ PUBLISHED = Experiment(
                     groups=(FREE, climbing(0.8))),
     budget=Budget(steps=3_000, batch_size=32),
     metrics_every=8,
-    evaluation=Evaluation(schedule=Every(every=64)),
+    evaluation=Evaluation(schedule=Every(every=64), max_examples=150),
     checkpointing=Checkpointing(schedule=Every(every=512), keep="last"),
 )  # fmt: skip
 QUICK = {"budget.steps": 1_000, "objective.warmup_steps": 800, "optimizer.warmup_steps": 100}
@@ -76,9 +76,10 @@ PRESETS = {
 } | {f"gpt2_{name}": f"the published sweep of {name} on GPT-2 in a local folder" for name in TARGETS}
 
 
-def ours(task: str) -> EdgeMasked:
-    folder = "results/circuit_networks-demo"
-    return EdgeMasked(path=trained_network(folder, "python sweeps/circuit_networks.py", task=task))
+def ours() -> dict[str, EdgeMasked]:
+    """By task, those that are trained."""
+    found = trained_networks("results/circuit_networks-demo", "python sweeps/circuit_networks.py", "task")
+    return {task: EdgeMasked(path=folder) for task, folder in found.items()}
 
 
 def build(preset: str) -> Sweep:
@@ -89,11 +90,11 @@ def build(preset: str) -> Sweep:
         names = ("reverse", "xproportion") if preset == "demo" else ("xproportion",)
         axes = {"task": Axis(values=names, named=PROGRAMS)}
     elif preset == "networks":
-        named = {name: {"model": ours(name), **fields, **QUICK} for name, fields in TEXTS.items()}
+        named = {task: {"model": model, **TEXTS[task], **QUICK} for task, model in ours().items()}
         axes = {"task": Axis.of_names(named), "objective.target": Axis(values=(0.9, 0.95, 0.97, 0.98, 0.99))}
         seed = Axis(values=(0, 1))
     elif preset == "search":
-        base = base.with_overrides({"model": ours("ioi"), **TEXTS["ioi"], **QUICK})
+        base = base.with_overrides({"model": ours()["ioi"], **TEXTS["ioi"], **QUICK})
         axes = {"objective.target": Axis(low=0.9, high=1.1), "optimizer.lr": Axis(low=0.1, high=2.0, log=True)}
         also = {"eval/validation/edge_sparsity": "max"}
     else:

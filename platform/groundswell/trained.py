@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ def trained_run(sweep: str | Path, command: str, **axes: Any) -> RunFolder:
     return max(found)[2]
 
 
-def trained_network(sweep: str | Path, command: str, **axes: Any) -> str:
-    """Folder of the newest checkpoint of that run. Raises ConfigError where there is none."""
-    run = trained_run(sweep, command, **axes)
-    return str(run.checkpoint_folder(run.checkpoint_step()))
+def trained_networks(sweep: str | Path, command: str, axis: str) -> dict[Any, str]:
+    """Value of the axis -> folder of the newest checkpoint of such a run. Raises ConfigError where there is none."""
+    values = {run.description()["axes"].get(axis) for run in SweepFolder(sweep).runs()} - {None}
+    found = {}
+    for value in sorted(values, key=str):
+        with contextlib.suppress(ConfigError):
+            run = trained_run(sweep, command, **{axis: value})
+            found[value] = str(run.checkpoint_folder(run.checkpoint_step()))
+    if not found:
+        trained_run(sweep, command)
+    return found

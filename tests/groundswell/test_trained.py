@@ -3,7 +3,7 @@
 import pytest
 
 from groundswell.config import ConfigError
-from groundswell.trained import trained_network, trained_run
+from groundswell.trained import trained_networks, trained_run
 
 
 def test_the_finished_run_that_ended_last(tiny, make_run):
@@ -15,9 +15,12 @@ def test_the_finished_run_that_ended_last(tiny, make_run):
     sweep = runs[0].path.parents[1]
     assert trained_run(sweep, "make it").run_id == runs[1].run_id
     assert trained_run(sweep, "make it", **{"optimizer.lr": 1e-3}).run_id == runs[0].run_id
-    assert trained_network(sweep, "make it", seed=1) == str(runs[1].checkpoint_folder(60))
+    newest = {lr: str(run.checkpoint_folder(60)) for lr, run in zip((1e-3, 2e-3), runs, strict=False)}
+    assert trained_networks(sweep, "make it", "optimizer.lr") == newest  # the failed one is none
 
 
 def test_without_one_the_command_is_named(tmp_path):
     with pytest.raises(ConfigError, match="sweep: no finished run with task=ioi; train it first: python it"):
-        trained_network(tmp_path / "sweep", "python it", task="ioi")
+        trained_run(tmp_path / "sweep", "python it", task="ioi")
+    with pytest.raises(ConfigError, match="sweep: no finished run; train it first: python it"):
+        trained_networks(tmp_path / "sweep", "python it", "task")
