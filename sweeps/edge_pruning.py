@@ -83,8 +83,7 @@ def ours() -> dict[str, EdgeMasked]:
 
 
 def build(preset: str) -> Sweep:
-    base, also = PUBLISHED, {}
-    seed = Axis(values=(0,))
+    base, seed = PUBLISHED, Axis(values=(0,))
     if preset in ("smoke", "demo"):
         base, seed = base.with_overrides({"budget.batch_size": 16}), Axis(values=(42,))
         names = ("reverse", "xproportion") if preset == "demo" else ("xproportion",)
@@ -96,13 +95,13 @@ def build(preset: str) -> Sweep:
     elif preset == "search":
         base = base.with_overrides({"model": ours()["ioi"], **TEXTS["ioi"], **QUICK})
         axes = {"objective.target": Axis(low=0.9, high=1.1), "optimizer.lr": Axis(low=0.1, high=2.0, log=True)}
-        also = {"eval/validation/edge_sparsity": "max"}
     else:
         task = preset.removeprefix("gpt2_")
         base = base.with_overrides({"model": EdgeMasked(path="networks/gpt2"), **TEXTS[task]})
         axes = {"objective.target": Axis(values=TARGETS[task])}
     return Sweep(
-        "edge_pruning", base, {**axes, "seed": seed}, metric="eval/validation/kl", mode="min", also=also,
+        "edge_pruning", base, {**axes, "seed": seed}, metric="eval/validation/kl", mode="min",
+        also={"eval/validation/edge_sparsity": "max"} if preset == "search" else {},
         report=edge_pruning_report, probes=(CircuitEvaluation(),),
     )  # fmt: skip
 

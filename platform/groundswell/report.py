@@ -60,10 +60,11 @@ def pareto_front(results: Results, objectives: Mapping[str, Literal["max", "min"
     columns = []
     for metric in objectives:
         last = results.curves(metric).sort_values("step").groupby("run_id", as_index=False).last()
-        columns.append(last.groupby(axes, as_index=False)["value"].mean().rename(columns={"value": metric}))
+        columns.append(last.groupby(axes)["value"].mean().rename(metric).reset_index())
     table = functools.reduce(lambda left, right: left.merge(right, on=axes), columns)
-    better = np.stack([table[m] * (1 if mode == "max" else -1) for m, mode in objectives.items()], axis=1)
-    beaten = ((better[None] >= better[:, None]).all(-1) & (better[None] > better[:, None]).any(-1)).any(1)
+    better = np.stack([table[m].to_numpy() * (1 if mode == "max" else -1) for m, mode in objectives.items()], axis=1)
+    others, own = better[None, :, :], better[:, None, :]
+    beaten = np.any(np.all(others >= own, axis=2) & np.any(others > own, axis=2), axis=1)
     first, mode = next(iter(objectives.items()))
     return table[~beaten].sort_values(first, ascending=mode == "min")
 
