@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from models import edge_reference
 from models.edge_layout import Layout, layout_of
 from models.edge_network import EdgeNetwork
-from models.edge_sweep import Sweep, given
+from models.edge_sweep import Given, Sweep, given
 from models.edge_transformer import EdgeTransformer
 
 
@@ -37,13 +37,15 @@ def masked_logits(
     corrupted: Tensor | None,
     positions: Tensor,
     corrupted_writers: Tensor | None = None,
+    source: Given | None = None,
 ) -> Tensor:
     """edges [K, E], nodes [K, W] (None: all 1), clean and corrupted tokens [K, B, S], positions [K, B, A] ->
     logits [K, B, A, V].
 
     Tokens and positions may be [1, B, ...], shared by all runs: the corrupted run then is done once. Without
     `corrupted` the ablation is by zero. `corrupted_writers` [W, N, S, d] takes the place of the corrupted run; it, and
-    networks of another kind than EdgeTransformer, go through the reference form.
+    networks of another kind than EdgeTransformer, go through the reference form. `source`: what `given` finds for these
+    tokens, where that is known.
     """
     if corrupted_writers is not None or not isinstance(network, EdgeTransformer):
         return edge_reference.masked_logits(network, edges, nodes, clean, corrupted, positions, corrupted_writers)
@@ -51,8 +53,9 @@ def masked_logits(
     if nodes is not None:
         edges = edges * nodes[:, graph.writer_index.to(nodes.device)]
     layout = layout_of(graph, None if corrupted is None else network.position_writer())
-    with torch.no_grad():
-        source = given(network.folded, len(edges), clean, corrupted, positions)
+    if source is None:
+        with torch.no_grad():
+            source = given(network.folded, len(edges), clean, corrupted, positions)
     flat = layout.flat(edges.to(network.dtype))
     logits = _MaskedPass.apply(flat, layout, Sweep(network.folded, layout, source), torch.is_grad_enabled())
     return logits.unflatten(0, (len(edges), -1))

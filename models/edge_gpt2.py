@@ -11,40 +11,62 @@ from groundswell.config import ConfigError
 from models import huggingface
 from models.decoder import HEAD, WPE, WTE, Decoder
 from models.edge_graph import EdgeGraph
+from models.edge_network import Outline
 from models.edge_transformer import EdgeTransformer, Layer, Norm, Rotary, Tables
 from models.layers import LAYER_NORM_EPS, ROTARY_BASE
 
 
 def load(
-    folder: str | Path, mask_embeddings: bool, device: str | torch.device, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    mask_embeddings: bool,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    kind: type[EdgeTransformer] = EdgeTransformer,
 ) -> EdgeTransformer:
     """Layers that are passed several times are as many layers of the graph. Raises ConfigError for re-embedding, and
     where the folder is no such network."""
     folder = Path(folder)
+    decoder = _decoder(folder)
     config = huggingface.read_config(folder)
+    sizes = config["vocab_size"], config["n_positions"]
+    read = huggingface.read_weights(folder, decoder.parameters(*sizes), decoder.tied_head)
+    return from_tensors(decoder, {name: x.to(device, dtype) for name, x in read.items()}, mask_embeddings, kind)
+
+
+def outline(folder: Path, mask_embeddings: bool) -> Outline:
+    """Raises ConfigError as `load`."""
+    decoder = _decoder(folder)
+    return Outline(_graph(decoder, mask_embeddings), decoder.width, huggingface.read_config(folder)["vocab_size"])
+
+
+def _decoder(folder: Path) -> Decoder:
     decoder = Decoder.from_huggingface(folder)
     if decoder.re_embed:
         raise ConfigError(
             f"{folder}: re_embed has no masked form (its passes are not sums of writers); "
             "give a network of model.re_embed=false"
         )
-    sizes = config["vocab_size"], config["n_positions"]
-    read = huggingface.read_weights(folder, decoder.parameters(*sizes), decoder.tied_head)
-    return from_tensors(decoder, {name: x.to(device, dtype) for name, x in read.items()}, mask_embeddings)
+    return decoder
 
 
-def from_tensors(decoder: Decoder, tensors: dict[str, Tensor], mask_embeddings: bool) -> EdgeTransformer:
-    """`tensors`: one run's, without the run axis, under the decoder's names."""
+def _graph(decoder: Decoder, mask_embeddings: bool) -> EdgeGraph:
     absolute = decoder.position_encoding == "absolute"
     names = (("tok_embeds", "pos_embeds") if absolute else ("tok_embeds",)) if mask_embeddings else ()
-    graph = EdgeGraph(decoder.num_effective_layers, decoder.num_heads, decoder.num_heads, names)
-    positions = tensors[WPE] if absolute else None
-    tables = Tables(tensors[WTE], positions, tensors[WTE if decoder.tied_head else HEAD])
-    layers = [_layer(decoder, tensors, f"transformer.h.{layer}.") for layer in range(decoder.num_layers)]
-    return EdgeTransformer(
-        graph,
-        tables,
-        layers * decoder.num_recurrences,
+    return EdgeGraph(decoder.num_effective_layers, decoder.num_heads, decoder.num_heads, names)
+
+
+def from_tensors(
+    decoder: Decoder,
+    tensors: dict[str, Tensor],
+    mask_embeddings: bool,
+    kind: type[EdgeTransformer] = EdgeTransformer,
+) -> EdgeTransformer:
+    """`tensors`: one run's, without the run axis, under the decoder's names."""
+    positions = tensors[WPE] if decoder.position_encoding == "absolute" else None
+    return kind(
+        _graph(decoder, mask_embeddings),
+        Tables(tensors[WTE], positions, tensors[WTE if decoder.tied_head else HEAD]),
+        (_layer(decoder, tensors, f"transformer.h.{layer}.") for layer in range(decoder.num_layers)),
         _norm(decoder, tensors, "transformer.ln_f"),
         decoder.activation,
         _rotary(decoder),

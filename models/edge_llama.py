@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from groundswell.config import ConfigError
 from models import transformers_folder
 from models.edge_graph import EdgeGraph
+from models.edge_network import Outline
 from models.edge_transformer import EdgeTransformer, Layer, Norm, Rotary, Tables
 from models.weight_files import WeightFiles
 
@@ -21,33 +23,58 @@ FAMILIES = ("llama", "mistral", "qwen2")
 ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others' frequencies change with the sequence
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Read = Callable[[WeightFiles, str, str | torch.device, torch.dtype], Tensor]
+
+
+def read_alone(files: WeightFiles, name: str, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    return files.read(name).to(device, dtype)
 
 
 def load(
-    folder: str | Path, mask_embeddings: bool, device: str | torch.device, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    mask_embeddings: bool,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    kind: type[EdgeTransformer] = EdgeTransformer,
+    read: Read = read_alone,
 ) -> EdgeTransformer:
     """Raises ConfigError where the folder is no such network, or computes something that has no masked form."""
     folder = Path(folder)
-    config = transformers_folder.read_config(folder, FAMILIES)
-    _check(folder, config)
+    config = _config(folder)
     names = [EMBEDDING, "model.norm.weight", *([] if config.tie_word_embeddings else [HEAD])]
     names += [name for layer in range(config.num_hidden_layers) for name in _layer_names(config, layer)]
     files = WeightFiles(folder, names)
 
-    def read(name: str) -> Tensor:
-        return files.read(name).to(device, dtype)
+    def tensor(name: str) -> Tensor:
+        return read(files, name, device, dtype)
 
+    def layers() -> Iterator[Layer]:
+        for layer in range(config.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            yield _layer({n.removeprefix(prefix): tensor(n) for n in names if n.startswith(prefix)}, config)
+
+    tokens = tensor(EMBEDDING)
+    tables = Tables(tokens, None, tokens if config.tie_word_embeddings else tensor(HEAD))
+    final = Norm(tensor("model.norm.weight"), None, config.rms_norm_eps, centred=False)
+    activation, rotary, limit = ACTIVATIONS[config.hidden_act], _rotary(config), _window(config)
+    return kind(_graph(config, mask_embeddings), tables, layers(), final, activation, rotary, limit, gated=True)
+
+
+def outline(folder: Path, mask_embeddings: bool) -> Outline:
+    """Raises ConfigError as `load`."""
+    config = _config(folder)
+    return Outline(_graph(config, mask_embeddings), config.hidden_size, config.vocab_size)
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    config = transformers_folder.read_config(folder, FAMILIES)
+    _check(folder, config)
+    return config
+
+
+def _graph(config: PreTrainedConfig, mask_embeddings: bool) -> EdgeGraph:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    graph = EdgeGraph(config.num_hidden_layers, heads, groups, ("embeds",) if mask_embeddings else ())
-    tokens = read(EMBEDDING)
-    tables = Tables(tokens, None, tokens if config.tie_word_embeddings else read(HEAD))
-    layers = []
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        layers.append(_layer({n.removeprefix(prefix): read(n) for n in names if n.startswith(prefix)}, config))
-    final = Norm(read("model.norm.weight"), None, config.rms_norm_eps, centred=False)
-    rotary, limit = _rotary(config), _window(config)
-    return EdgeTransformer(graph, tables, layers, final, ACTIVATIONS[config.hidden_act], rotary, limit, gated=True)
+    return EdgeGraph(config.num_hidden_layers, heads, groups, ("embeds",) if mask_embeddings else ())
 
 
 def _check(folder: Path, config: PreTrainedConfig) -> None:

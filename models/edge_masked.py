@@ -11,19 +11,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from groundswell.config import ConfigError, import_path
 from groundswell.protocols import Model, Parameters, ParameterSpec, Task
 from models import edge_fast, edge_pruning_costs, edge_reference, hard_concrete, huggingface
+from models.edge_cache import ReferenceCache
 from models.edge_graph import EdgeGraph
-from models.edge_loading import load_edge_network
+from models.edge_loading import load_edge_network, load_outline
 from models.edge_masks import binary_circuit, save_edges
-from models.edge_network import EdgeNetwork
+from models.edge_network import EdgeNetwork, Outline
+from models.edge_sweep import as_rows
+from models.edge_transformer import EdgeTransformer
+
+if TYPE_CHECKING:
+    from groundswell.experiment import Experiment
+    from groundswell.planning.strategies import PlanExtras
 
 EDGES, NODES = "masks.edges", "masks.nodes"  # log alphas [E], [W]
 EDGE_MULTIPLIERS, NODE_MULTIPLIERS = "multipliers.edges", "multipliers.nodes"  # [2]: linear, quadratic
@@ -33,6 +40,7 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "fast": edge_fast.masked_logits,
     "reference": edge_reference.masked_logits,
 }
+MEGABYTE = 10**6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -54,11 +62,16 @@ class EdgeMasked(Model):
     pairs: bool = Field(True, description="rows are clean and corrupted tokens; False (zero ablation only): clean ones")
     form: Literal["fast", "reference"] = Field("fast", description="reference: written as defined, and slow")
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="the frozen network computes in")
+    cache_megabytes: int = Field(
+        512, ge=0, description="memory for what the whole network does on training examples; 0: computed at every visit"
+    )
     init_log_alpha: float = Field(10.0, description="mean of the initial log alphas; 10 is a mask of 1")
     init_std: float = Field(0.01, ge=0, description="standard deviation of the initial log alphas")
     eps: float = Field(
         1e-6, gt=0, lt=0.1, description="noise stays so far from 0 and 1 (the published Llama runs: 1e-8)"
     )
+
+    _sharded: EdgeNetwork | None = PrivateAttr(None)  # where the workers of a run share one copy
 
     @model_validator(mode="after")
     def _check(self) -> EdgeMasked:
@@ -77,30 +90,47 @@ class EdgeMasked(Model):
                 else f"task {name} has pairs; set task.pairs=false or model.pairs=true"
             )
             raise ValueError(f"model.pairs is {str(self.pairs).lower()}: {remedy}")
-        network = self.frozen("meta")
-        if network.causal and task.vocab_size > network.num_outputs:
+        if not Path(self.path).exists():
+            return  # an experiment for another machine; a run fails for want of its parameters
+        outline = self.outline
+        if outline.causal and task.vocab_size > outline.num_outputs:
             raise ValueError(
-                f"model.path: the network in {self.path} has {network.num_outputs} tokens, the task {task.vocab_size}; "
+                f"model.path: the network in {self.path} has {outline.num_outputs} tokens, the task {task.vocab_size}; "
                 "give a network of this task, or the task its tokenizer"
             )
 
     @property
+    def outline(self) -> Outline:
+        """Of the frozen network, by its configuration. Raises ConfigError where there is none."""
+        return _outline(self.path, self._changed, self.mask_embeddings)
+
+    @property
     def graph(self) -> EdgeGraph:
-        """Of the frozen network; its weights are not kept."""
-        return self.frozen("meta").graph
+        return self.outline.graph
 
     def frozen(self, device: torch.device | str) -> EdgeNetwork:
-        """The network in `path`; one copy a device serves all models of this process. On the device "meta" it is shapes
-        alone.
+        """The network in `path`; one copy a device serves all models of this process.
 
         Raises ConfigError for a folder without a network, or with one that has no masked form.
         """
-        config = Path(self.path) / huggingface.CONFIG
-        changed = config.stat().st_mtime_ns if config.exists() else 0
+        if self._sharded is not None:
+            return self._sharded
         where = torch.device(device)
         if where.type == "cuda" and where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
-        return _load(self.path, changed, self.mask_embeddings, str(where), self.dtype)
+        return _load(self.path, self._changed, self.mask_embeddings, str(where), self.dtype)
+
+    def shard_frozen(self, device: torch.device) -> None:
+        if self.form != "fast":
+            raise ConfigError(f"model.form {self.form} needs the whole network; use fast, or scaling.strategy=ddp")
+        dtype = DTYPES[self.dtype]
+        self._sharded = load_edge_network(self.path, self.mask_embeddings, device, dtype, sharded=True)
+
+    @property
+    def _changed(self) -> int:
+        """When the folder was written, so that one that is written again is read again."""
+        config = Path(self.path) / huggingface.CONFIG
+        return config.stat().st_mtime_ns if config.exists() else 0
 
     # ---- parameters ----
 
@@ -156,19 +186,31 @@ class EdgeMasked(Model):
     def masked_logits(self, edges: Tensor, nodes: Tensor | None, tokens: Tensor, positions: Tensor) -> Tensor:
         """Masks [K, E] and [K, W], a task's tokens [K, B, ...], positions [K, B, A] -> logits [K, B, A, V] of the
         network that the masks leave. Differentiable in the masks."""
-        clean, corrupted = self.inputs(tokens)
-        network = self.frozen(tokens.device)
-        return FORMS[self.form](network, edges, nodes, clean, corrupted, _shared(positions))
+        (clean, corrupted), places = self.inputs(tokens), _shared(positions)
+        network, cache = self.frozen(tokens.device), self._cache(tokens.device)
+        if cache is None or corrupted is None:
+            return FORMS[self.form](network, edges, nodes, clean, corrupted, places)
+        source = cache.given(len(edges), clean, corrupted, places, self.cache_megabytes * MEGABYTE)
+        return edge_fast.masked_logits(network, edges, nodes, clean, corrupted, places, source=source)
 
-    @torch.no_grad()
     def whole_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The network itself on the clean inputs: tokens [K, B, ...], positions [K, B, A] -> logits [K, B, A, V], of
         rows that all runs share [1, B, A, V]."""
-        clean, places = self.inputs(tokens)[0], _shared(positions)
-        num_runs = max(len(clean), len(places))
-        rows = clean.expand(num_runs, *clean.shape[1:]).flatten(0, 1)
-        logits = self.frozen(tokens.device).run(rows, places.expand(num_runs, *places.shape[1:]).flatten(0, 1)).logits
-        return logits.unflatten(0, (num_runs, -1))
+        (clean, corrupted), places = self.inputs(tokens), _shared(positions)
+        cache = self._cache(tokens.device)
+        if cache is not None:
+            return cache.logits(clean, corrupted, places, self.cache_megabytes * MEGABYTE)
+        clean, _, places = as_rows(clean, None, places)
+        with torch.no_grad():
+            logits = self.frozen(tokens.device).run(clean, places).logits
+        return logits.unflatten(0, (-1, positions.shape[1]))
+
+    def _cache(self, device: torch.device) -> ReferenceCache | None:
+        """In training alone: it would not hold evaluation's examples, which are many and come in the same batches. None
+        either for workers that share a network, which must pass it together."""
+        network = self.frozen(device)
+        used = self.cache_megabytes and self.form == "fast" and self._sharded is None and torch.is_grad_enabled()
+        return network.references if used and isinstance(network, EdgeTransformer) else None
 
     def answer_logits(
         self,
@@ -184,7 +226,7 @@ class EdgeMasked(Model):
     def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
         """A third of a step's: the masked pass and its way back, and the whole network's runs. Blocks count as GPT-2's,
         12 d^2 weights."""
-        network = self.frozen("meta")
+        network = self.outline
         graph, tokens = network.graph, length // 2 if self.pairs else length
         sizes = edge_pruning_costs.Graph(
             graph.num_layers, graph.num_heads, graph.num_kv_heads, graph.embeddings, network.width
@@ -194,6 +236,11 @@ class EdgeMasked(Model):
         head = num_answers * network.width * network.num_outputs
         whole = 2.0 * (tokens * graph.num_layers * 12 * network.width**2 + head)
         return whole + (masks + edge_pruning_costs.REFERENCE_RUNS * whole) / 3
+
+    def stand_in(self, experiment: Experiment) -> tuple[Experiment, PlanExtras]:
+        from models.edge_planning import stand_in
+
+        return stand_in(self, experiment)
 
     # ---- folders ----
 
@@ -226,9 +273,13 @@ class EdgeMasked(Model):
         return weights
 
 
+@functools.lru_cache(maxsize=64)
+def _outline(path: str, changed: int, mask_embeddings: bool) -> Outline:
+    return load_outline(path, mask_embeddings)
+
+
 @functools.lru_cache(maxsize=8)
 def _load(path: str, changed: int, mask_embeddings: bool, device: str, dtype: str) -> EdgeNetwork:
-    """`changed`: time of the folder's last change, so that a folder that is written again is read again."""
     return load_edge_network(path, mask_embeddings, device, DTYPES[dtype])
 
 

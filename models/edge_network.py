@@ -26,6 +26,16 @@ class WholeRun:
     residual: Sequence[Tensor] = ()
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a folder's configuration says of its network; no weights are read for it."""
+
+    graph: EdgeGraph
+    width: int
+    num_outputs: int
+    causal: bool = True
+
+
 class EdgeNetwork(ABC):
     """A transformer whose residual stream can be formed from outside.
 

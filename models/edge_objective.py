@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from groundswell.config import ConfigError
+from groundswell.experiment import Experiment
 from groundswell.protocols import IGNORE, Answer, Model, Objective, Parameters, Split
 from models.edge_masked import EDGE_MULTIPLIERS, NODE_MULTIPLIERS, EdgeMasked
 from models.edge_masks import sparsity
@@ -60,6 +61,15 @@ class EdgePruning(Objective):
                 if value >= 1:
                     raise ValueError(f"{name} {value:g} does not go with schedule logarithmic; use linear")
         return self
+
+    def check(self, experiment: Experiment) -> None:
+        _edge_masked(experiment.model)
+        optimizer = experiment.optimizer
+        for name in (EDGE_MULTIPLIERS, NODE_MULTIPLIERS)[: 2 if self.node_loss else 1]:
+            if not optimizer.group_settings()[optimizer.group_of(name)].ascent:
+                raise ValueError(
+                    f"optimizer.groups: {name} must climb; add a group with match=multipliers, ascent=true"
+                )
 
     # ---- targets ----
 

@@ -50,8 +50,9 @@ def ordinary_pass(parts: FoldedTransformer, tokens: Tensor, positions: Tensor) -
         side_by_side = mixed.permute(1, 2, 0, 3).reshape(-1, len(output))
         kept.attention.append(torch.addmm(layer.output_bias, side_by_side, output).view_as(x))
         x = x + kept.attention[-1]
-        outer, _ = parts.mlp(number, x.flatten(0, 1))
+        outer, saved = parts.mlp(number, x.flatten(0, 1))
         kept.mlp.append(torch.addmm(layer.mlp_output_bias, outer, layer.mlp_output).view_as(x))
+        parts.space.give(outer, *saved.buffers)
         x = x + kept.mlp[-1]
     kept.final = x
     return kept

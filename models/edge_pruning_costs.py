@@ -4,8 +4,8 @@ A transformer's residual stream is kept apart as the outputs of W writers; each 
 sum over the writers before it. `published`: as the authors' code computes it, with einsums over all W rows, clean and
 corrupted, a new buffer for every write, and reference runs in the same form. `fast`: the same losses and gradients from
 differences to the corrupted run, one preallocated buffer of which a layer reads only the rows that are filled, and
-plain reference runs. A multiply-add counts 2.
-Shapes: L layers, H heads, K key/value heads, W writers, B rows, S tokens, d width.
+plain reference runs; what readers read is kept for the way back. A multiply-add counts 2.
+Shapes: L layers, H heads, K key/value heads, W writers, R readers of a layer, B rows, S tokens, d width.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from models.edge_graph import EdgeGraph
 
 Form = Literal["published", "fast"]
 REFERENCE_RUNS = 2  # the full model on the clean and on the corrupted input
-FAST_BUFFERS = 3  # differences, their gradients, and one more while they are formed
-READ_COPIES = 3  # of a layer's read inputs: as read, normalised, and the gradient
+FAST_BUFFERS = 2  # differences, and their gradients
+READ_COPIES = 3  # of a layer's read inputs where they are recomputed: as read, normalised, and the gradient
+KEPT_STREAMS = 4  # of a layer of the corrupted run, each as wide as the residual stream: it, heads, attention, MLP
+READ_PASSES = 6  # over the read inputs: written and read forward, both again as gradients, and twice for the masks'
 
 
 @dataclass(frozen=True)
@@ -57,30 +59,42 @@ def mask_flops(graph: Graph, form: Form) -> MaskFlops:
 
 def buffer_bytes(graph: Graph, batch: int, length: int, element: int) -> int:
     """All writers' outputs, W B S d."""
-    return graph.num_writers * batch * length * graph.width * element
+    return graph.num_writers * stream_bytes(graph, batch, length, element)
+
+
+def stream_bytes(graph: Graph, batch: int, length: int, element: int) -> int:
+    """One residual stream, B S d."""
+    return batch * length * graph.width * element
 
 
 def saved_bytes(graph: Graph, form: Form, batch: int, length: int, element: int, checkpointing: bool = False) -> int:
-    """Buffers at the end of the forward pass. published: two a layer, one with a recomputation of each layer."""
-    count = FAST_BUFFERS if form == "fast" else graph.num_layers * (1 if checkpointing else 2)
-    return count * buffer_bytes(graph, batch, length, element)
+    """What a step keeps until its way back, and the buffer of gradients there. published: two buffers a layer, one with
+    a recomputation of each layer. fast: also all read inputs, L R B S d, and of the corrupted run what differences are
+    formed with."""
+    buffer = buffer_bytes(graph, batch, length, element)
+    if form == "published":
+        return graph.num_layers * (1 if checkpointing else 2) * buffer
+    streams = graph.num_layers * (graph.readers_per_layer + KEPT_STREAMS) * stream_bytes(graph, batch, length, element)
+    return FAST_BUFFERS * buffer + streams
 
 
-def read_bytes(graph: Graph, batch: int, length: int, element: int) -> int:
-    """The readers' inputs of one layer, [H + 2K + 1, B, S, d] in three copies: what recomputing it needs."""
-    return READ_COPIES * graph.readers_per_layer * batch * length * graph.width * element
+def read_bytes(graph: Graph, form: Form, batch: int, length: int, element: int) -> int:
+    """Besides, the readers' inputs of one layer [R, B, S, d]: published: what recomputing it needs. fast: gradients."""
+    copies = READ_COPIES if form == "published" else 1
+    return copies * graph.readers_per_layer * stream_bytes(graph, batch, length, element)
 
 
 def moved_bytes(graph: Graph, form: Form, batch: int, length: int, element: int) -> float:
     """Between the GPU and its memory in one training step.
 
     published: 4 writes and about 16 reads of the buffer a layer (counted in the authors' code). fast: the filled rows
-    once forward; backward once for the masks' gradients, and read and written for the buffer's.
+    once forward; backward once for the masks' gradients, and read and written for the buffer's; and the read inputs.
     """
     if form == "published":
         return 20.0 * graph.num_layers * buffer_bytes(graph, batch, length, element)
     rows = sum(graph.writers_before(layer) for layer in range(graph.num_layers))
-    return 4.0 * rows * batch * length * graph.width * element
+    reads = graph.num_layers * graph.readers_per_layer
+    return float(4 * rows + READ_PASSES * reads) * stream_bytes(graph, batch, length, element)
 
 
 def extra(graph: Graph, form: Form, batch: int, length: int, element: int) -> Extra:
@@ -91,7 +105,7 @@ def extra(graph: Graph, form: Form, batch: int, length: int, element: int) -> Ex
     return Extra(
         name=f"edge pruning, {form} form",
         bytes_per_gpu=saved_bytes(graph, form, batch, length, element, checkpointing=True)
-        + read_bytes(graph, batch, length, element),
+        + read_bytes(graph, form, batch, length, element),
         flops_per_example=length * mask_flops(graph, form).total,
         moved_bytes_per_example=moved_bytes(graph, form, 1, length, element),
         trained_parameters=graph.num_edges + graph.num_writers,

@@ -47,15 +47,14 @@ class Given:
 
 def given(parts: FoldedTransformer, num_runs: int, clean: Tensor, corrupted: Tensor | None, positions: Tensor) -> Given:
     """Runs on the corrupted tokens, and finds what need not be computed: one exchange with the device."""
-    copies = max(len(clean), len(positions), 1 if corrupted is None else len(corrupted))
-    clean, places = _rows(clean, copies), _rows(positions, copies)
+    clean, corrupted, places = as_rows(clean, corrupted, positions)
+    copies = len(places) // positions.shape[1]
     writers = len(parts.graph.embeddings)
     if corrupted is None:
         stop = int(places.max()) + 1
         outputs = parts.embeddings(clean[:, :stop])
         always = None if writers else outputs.sum(0)
         return Given(num_runs, copies, outputs[:writers], always, None, 0, stop, places)
-    corrupted = _rows(corrupted, copies)
     same = (clean == corrupted).all(0).cumprod(0).sum()
     prefix, latest = torch.stack([same, places.max()]).tolist()
     start, stop = min(prefix, latest), latest + 1
@@ -65,8 +64,14 @@ def given(parts: FoldedTransformer, num_runs: int, clean: Tensor, corrupted: Ten
     return Given(num_runs, copies, difference[:writers, :, start:], always, run, start, stop, places)
 
 
-def _rows(x: Tensor, copies: int) -> Tensor:
-    return x.expand(copies, *x.shape[1:]).flatten(0, 1)
+def as_rows(clean: Tensor, corrupted: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """[M or 1, B, ...] each -> [M*B, ...]."""
+    copies = max(len(x) for x in (clean, corrupted, positions) if x is not None)
+    first, second, third = (
+        None if x is None else x.expand(copies, *x.shape[1:]).flatten(0, 1) for x in (clean, corrupted, positions)
+    )
+    assert first is not None and third is not None
+    return first, second, third
 
 
 @dataclass
@@ -115,7 +120,7 @@ class Sweep:
             if keep:
                 self.stages.append(stage)
             else:
-                self.space.give(*stage.inputs)
+                self.space.give(*stage.inputs, *stage.mlp.buffers)
         at_answers = flat.new_empty(layout.num_rows, num_runs, len(self.answers) // num_runs, width)
         picked = at_answers[1:rows].flatten(1, 2)
         torch.index_select(all_tokens[1:].flatten(1, 2), 1, self.answers, out=picked)
@@ -132,7 +137,7 @@ class Sweep:
             self.stages.append(stage)
             self.all_tokens, self.at_answers, self.projected = all_tokens, at_answers, projected
         else:
-            self.space.give(all_tokens, *stage.inputs)
+            self.space.give(all_tokens, *stage.inputs, *stage.mlp.buffers)
         return logits.view(*self.places.shape, -1)
 
     def _layer(self, flat: Tensor, layer: int, buffer: Tensor) -> Stage:
@@ -207,6 +212,7 @@ class Sweep:
                 out=self._by_copy(out),
             )
         out.flatten(0, 1).addmm_(outer, own.mlp_output)
+        self.space.give(outer)
         return saved
 
     def _of_layer(self, states: list[Tensor], layer: int) -> Tensor:

@@ -7,7 +7,7 @@ H heads, G key/value heads (H = G but for grouped heads), J = H + 2G, W writers,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from models.edge_graph import EdgeGraph
 from models.edge_network import EdgeNetwork, WholeRun
 
 if TYPE_CHECKING:
+    from models.edge_cache import ReferenceCache
     from models.edge_folded import FoldedTransformer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,7 +92,7 @@ class Tables:
 
 
 class EdgeTransformer(EdgeNetwork):
-    """`layers` are those of the graph: one that is passed several times is listed as often.
+    """`layers` are passed in turn until the graph's number is reached, so perhaps several times.
 
     `limit`: the longest sequence that the network computes as it was trained to, None where any will do.
     """
@@ -100,17 +101,19 @@ class EdgeTransformer(EdgeNetwork):
         self,
         graph: EdgeGraph,
         tables: Tables,
-        layers: Sequence[Layer],
+        layers: Iterable[Layer],
         final_norm: Norm,
         activation: str,
         rotary: Rotary | None = None,
         limit: int | None = None,
         gated: bool = False,
     ) -> None:
-        self.graph, self.tables, self.layers, self.final_norm = graph, tables, tuple(layers), final_norm
+        self.graph, self.tables, self.final_norm = graph, tables, final_norm
+        given = tuple(layers)
+        self.layers: Sequence[Layer] = given * (graph.num_layers // len(given))
         self.activation, self.rotary, self.limit, self.gated = activation, rotary, limit, gated
         self.num_outputs, self.width = tables.head.shape
-        self.head_width = layers[0].output.shape[0] // graph.num_heads
+        self.head_width = given[0].output.shape[0] // graph.num_heads
         self.device, self.dtype = tables.head.device, tables.head.dtype
 
     # ---- parts ----
@@ -178,6 +181,13 @@ class EdgeTransformer(EdgeNetwork):
         from models.edge_folded import FoldedTransformer
 
         return FoldedTransformer(self)
+
+    @functools.cached_property
+    def references(self) -> ReferenceCache:
+        """Of training examples."""
+        from models.edge_cache import ReferenceCache
+
+        return ReferenceCache(self.folded)
 
     def run(self, tokens: Tensor, positions: Tensor, keep_writers: bool = False) -> WholeRun:
         if not keep_writers:

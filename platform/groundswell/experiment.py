@@ -250,6 +250,7 @@ class Experiment(Config):
     @model_validator(mode="after")
     def _check(self) -> Experiment:
         self.model.check(self.task)
+        self.objective.check(self)
         if self.budget.batch_ramp is not None:
             if (self.scaling.micro_batch or self.budget.batch_size) >= self.budget.batch_size:
                 raise ValueError("budget.batch_ramp: grows by micro-batches; set scaling.micro_batch below batch_size")
@@ -289,6 +290,9 @@ class Experiment(Config):
             part = getattr(self, name)
             if isinstance(part, Component):
                 values[name] = {k: v for k, v in values[name].items() if k == CLASS_KEY or k not in part.packable}
+        if not self.optimizer.decay_all:  # with it, tensors of equal settings are updated as one
+            groups = values["optimizer"]["groups"]
+            values["optimizer"]["groups"] = [group | {"lr": None, "weight_decay": None} for group in groups]
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 

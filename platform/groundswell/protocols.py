@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # slow to import, and commands that list runs do without
     import torch
     from torch import Tensor
 
+    from groundswell.experiment import Experiment
+    from groundswell.planning.strategies import PlanExtras
+
 IGNORE = -100  # target that counts neither in a loss nor in an accuracy (torch's own convention)
 
 
@@ -219,9 +222,18 @@ class Model(Component, ABC):
         is none."""
         raise ConfigError(f"model {type(self).__name__} cannot be spread over workers; use scaling.strategy=single")
 
+    def shard_frozen(self, device: torch.device) -> None:
+        """Spread weights that are frozen, and no parameters, over the workers of torch's default process group. Called
+        on each of them before the first pass by strategies that shard weights. Raises ConfigError."""
+
     def initial_weights(self, vocab_size: int, max_length: int) -> WeightReader | None:
         """Where a pretrained network's tensors are read from; None: they are drawn by their specs.
         Raises ConfigError for a folder of another network."""
+        return None
+
+    def stand_in(self, experiment: Experiment) -> tuple[Experiment, PlanExtras] | None:
+        """What `groundswell plan` measures in place of an experiment with this model, and what the model adds to that;
+        None: the experiment itself. Raises ConfigError for what cannot be planned."""
         return None
 
     def flops_per_example(self, vocab_size: int, length: int, num_answers: int) -> float:
@@ -232,6 +244,9 @@ class Model(Component, ABC):
 
 class Objective(Component, ABC):
     """Model and batch to losses: what is special about a method lives here."""
+
+    def check(self, experiment: Experiment) -> None:
+        """Raise ValueError for a combination that cannot work, naming the field."""
 
     def scheduled(self, update: int, total: int) -> Mapping[str, float]:
         """Numbers of one run that change from update to update (targets, coefficients): their values in number `update`

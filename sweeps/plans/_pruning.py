@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from groundswell import AdamW, Budget, Checkpointing, Every, Experiment, Scaling
-from groundswell.experiment import ParameterGroup
 from groundswell.planning.strategies import Extra, PlanExtras
+from models.edge_planning import FROZEN
 from models.edge_pruning_costs import Form, Graph, extra
 from models.objectives import AnswerLoss
 from models.transformers_model import TransformersModel
 from tasks.random_tokens import RandomTokens
-
-FROZEN = (ParameterGroup(match=".", frozen=True),)  # only the masks are trained; they are in the extra
 
 
 def pruning(

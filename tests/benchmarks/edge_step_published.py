@@ -38,7 +38,9 @@ class PublishedStep:
         self.reference_log_alphas = [x.detach().clone() for x in self.log_alphas]
         self.multipliers = torch.zeros(4, requires_grad=True)
         self.optimizer = torch.optim.AdamW(
-            [{"params": self.log_alphas}, {"params": [self.multipliers], "maximize": True}], lr=LEARNING_RATE
+            [{"params": self.log_alphas}, {"params": [self.multipliers], "maximize": True}],
+            lr=LEARNING_RATE,
+            fused=True,
         )
 
     def _add(self, shape: tuple[int, ...], usable: int) -> None:

@@ -48,7 +48,12 @@ def test_default_report_is_the_last_evaluation_over_the_seeds(results):
 
 def test_pareto_front():
     """Means over the seeds: lr 2 is beaten by lr 1 in both, lr 3 is worse in accuracy but has fewer edges."""
-    readings = {1.0: [(0.8, 10), (0.9, 20)], 2.0: [(0.7, 30), (0.7, 30)], 3.0: [(0.5, 5), (0.5, 5)], 4.0: [(0.5, 6)] * 2}
+    readings = {
+        1.0: [(0.8, 10), (0.9, 20)],
+        2.0: [(0.7, 30), (0.7, 30)],
+        3.0: [(0.5, 5), (0.5, 5)],
+        4.0: [(0.5, 6)] * 2,
+    }
     rows = [
         {"run_id": f"{lr}{seed}", "step": 1, METRIC: accuracy, "edges": edges, "optimizer.lr": lr, "seed": seed}
         for lr, values in readings.items()

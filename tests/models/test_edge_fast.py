@@ -127,6 +127,17 @@ def test_steps_that_overlap_do_not_share_buffers():
     assert second.requires_grad
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_buffers_that_are_used_again(variant, monkeypatch):
+    monkeypatch.setattr("models.edge_workspace.SMALL", 1)
+    parts = network(variant, True)
+    for num_runs, zero in itertools.product((1, 3), BOOLEANS):
+        for _ in range(2):
+            agree(parts, num_runs, 1, zero, 3)
+            with torch.no_grad():
+                edge_fast.masked_logits(parts, *random_masks(parts, 1), *inputs(1))
+
+
 def test_nothing_is_kept_without_gradients():
     parts = network("gpt2", True)
     with torch.no_grad():

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from groundswell import AdamW, Budget, Checkpointing, Evaluation, Every, Experiment
 from groundswell.config import ConfigError
 from groundswell.experiment import ParameterGroup
-from groundswell.training.pack import Member
+from groundswell.training.flat import FlatParameters, PackedAdamW, initial_row
+from groundswell.training.pack import Member, parameter_specs
 from models.decoder import Decoder
 from models.edge_masked import EDGES, NODES, EdgeMasked
 from models.edge_masks import binary_circuit, load_edges
@@ -94,10 +95,7 @@ def test_masks_are_float32_whatever_the_network_computes_in(gpt2):
 
 def test_every_parameter_of_a_fresh_run_is_set(gpt2):
     """The published code leaves masks that the folder lacks uninitialised."""
-    experiment = Experiment(
-        task=RandomPairs(), model=EdgeMasked(path=str(gpt2)), objective=EdgePruning(), budget=Budget(steps=1)
-    )
-    row = Member.create(experiment, torch.device("cpu")).initial_row()
+    row = Member.create(experiment(gpt2), torch.device("cpu")).initial_row()
     edges, nodes = gpt2_graph("emb").num_edges, gpt2_graph("emb").num_writers
     masks = row[row > 5]
     assert len(masks) == edges + nodes
@@ -170,7 +168,11 @@ def experiment(path, **model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.path": "nowhere"}, "nowhere"),
+        ({"optimizer.groups": ()}, "multipliers.edges must climb; add a group with match=multipliers, ascent=true"),
+        (
+            {"objective.node_loss": True, "optimizer.groups": [{"match": "multipliers.edges", "ascent": True}]},
+            "multipliers.nodes must climb",
+        ),
         ({"task.pairs": False}, "model.pairs is true: task RandomPairs has clean inputs only"),
         ({"model.pairs": False}, "model.ablation: corrupted needs a corrupted input"),
         ({"model.pairs": False, "model.ablation": "zero"}, "task RandomPairs has pairs"),
@@ -187,6 +189,36 @@ def test_users_mistakes(gpt2, changes, message):
         experiment(gpt2).with_overrides(changes)
 
 
+def test_rates_of_groups_differ_within_a_pack(gpt2):
+    one = experiment(gpt2)
+    other = one.with_overrides({"optimizer.groups": [{"match": "multipliers", "lr": 0.1, "ascent": True}]})
+    assert one.pack_key() == other.pack_key()
+    frozen = {"optimizer.groups": [*other.optimizer.groups, ParameterGroup(match="masks.nodes", frozen=True)]}
+    assert one.pack_key() != one.with_overrides(frozen).pack_key()
+    joined = {"optimizer.decay_all": True}  # neighbours of equal settings then are one tensor
+    assert one.with_overrides(joined).pack_key() != other.with_overrides(joined).pack_key()
+    specs = parameter_specs(one)
+    settings = [one.optimizer, other.optimizer]
+    together = FlatParameters(specs, torch.ones(2, len(initial_row(specs, torch.Generator()))))
+    optimizer = PackedAdamW(together, settings, 10)
+    together.grad.fill_(1.0)
+    optimizer.step()
+    for row, own in enumerate(settings):
+        alone = FlatParameters(specs, torch.ones_like(together.flat[:1]))
+        single = PackedAdamW(alone, [own], 10)
+        alone.grad.fill_(1.0)
+        single.step()
+        torch.testing.assert_close(together.flat[row].detach(), alone.flat[0].detach())
+    climbed = together.views["multipliers.edges"][:, 0]
+    assert climbed[0] > climbed[1] > 1
+
+
+def test_a_network_of_another_machine_fails_when_the_run_starts(gpt2):
+    elsewhere = experiment(gpt2).with_overrides({"model.path": "nowhere"})
+    with pytest.raises(ConfigError, match="nowhere"):
+        parameter_specs(elsewhere)
+
+
 def test_a_folder_without_a_masked_form_is_refused(gpt2, tmp_path):
     write_network("gpt2", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -195,11 +227,9 @@ def test_a_folder_without_a_masked_form_is_refused(gpt2, tmp_path):
         experiment(gpt2).with_overrides({"model.path": str(tmp_path)})
 
 
-def test_edge_pruning_needs_edge_masks():
-    one = Experiment(task=RandomPairs(), model=Decoder(width=16, num_heads=2), objective=EdgePruning())
-    split = one.task.build().train
+def test_edge_pruning_needs_edge_masks(gpt2):
     with pytest.raises(ConfigError, match="Decoder has none; use EdgeMasked"):
-        one.objective.loss(one.model, {}, split, one.task.build().answer, None)
+        experiment(gpt2).with_overrides({"model": Decoder(width=16, num_heads=2)})
 
 
 def test_ordinary_objectives_train_masks_too(gpt2):

@@ -66,7 +66,8 @@ def in_a_pack(experiment, batch, answer, updates):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "zero" in name else name for name in STRATEGIES]
 )
-def test_an_engine_computes_what_a_pack_does(pruning, name, tmp_path):
+def test_an_engine_computes_what_a_pack_does(pruning, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed asks for it
     experiment = pruning.with_overrides(STRATEGIES[name])
     dataset = build_dataset(experiment)
     rows = dataset.train.select(slice(0, 8))

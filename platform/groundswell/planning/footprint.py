@@ -228,7 +228,7 @@ def _batch(experiment: Experiment, rows: int) -> Split:
 
 
 def _generator(model: Model) -> torch.Generator | None:
-    return torch.Generator() if getattr(model, "dropout", 0.0) > 0 else None
+    return torch.Generator() if model.stochastic else None
 
 
 @contextlib.contextmanager

@@ -145,6 +145,9 @@ class Planner:
 
     def __init__(self, name: str, experiment: Experiment, extras: PlanExtras | None = None) -> None:
         """Raises ConfigError for what cannot be planned."""
+        replaced = experiment.model.stand_in(experiment)
+        if replaced is not None:
+            experiment, extras = replaced
         if experiment.scaling.precision == "float64":
             raise ConfigError("scaling.precision: float64 is not planned for; use float32, tf32 or bf16")
         self.name, self.experiment = name, experiment
@@ -318,8 +321,8 @@ def network_sizes(experiment: Experiment) -> tuple[Sizes, str]:
         return Sizes(total, num_trained, 0, 0, total, num_trained), str(error)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     members = [{names[id(p)] for p in block.parameters()} for block in network.blocks]
-    block = max(sum(elements[name] for name in own) for own in members)
-    block_trained = max(sum(elements[name] for name in own & trained) for own in members)
+    block = max((sum(elements[name] for name in own) for own in members), default=0)
+    block_trained = max((sum(elements[name] for name in own & trained) for own in members), default=0)
     outside = set(elements) - set().union(*members)
     return (
         Sizes(

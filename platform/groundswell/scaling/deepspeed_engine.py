@@ -53,8 +53,10 @@ class DeepSpeedEngine(Engine):
         config = self._config()
         if self.stage == 3:
             self._partition(config)
-            leaves = {type(block) for block in self.network.blocks}
-            self.deepspeed.utils.set_z3_leaf_modules(self.network, list(leaves))
+            if self.network.blocks:
+                leaves = {type(block) for block in self.network.blocks}
+                self.deepspeed.utils.set_z3_leaf_modules(self.network, list(leaves))
+            self.experiment.model.shard_frozen(self.device)
         else:
             materialise(self.step_module, self.device, DTYPES[self.experiment.scaling.precision])
             fill(self.network, self.specs, self.experiment)

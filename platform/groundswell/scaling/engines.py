@@ -218,6 +218,7 @@ class FSDPEngine(TorchEngine):
         home = torch.device("cpu") if scaling.offload == "all" else self.device
         materialise(self.step_module, home, torch.float32)
         fill(self.network, self.specs, self.experiment)
+        self.experiment.model.shard_frozen(self.device)
         self.optimizer = self.make_optimizer()
 
 
