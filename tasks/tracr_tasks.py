@@ -29,6 +29,11 @@ MOST_SEQUENCES = 2**20
 TOLERANCE = 0.05  # of a right fraction
 
 
+def _order(symbol: str) -> tuple[bool, int, str]:
+    """As the compiler sorts tokens: numbers by value, then words."""
+    return (False, int(symbol), "") if symbol.isdigit() else (True, 0, symbol)
+
+
 class TracrTask(Task):
     """`Split.tokens` [N, 2T]: the clean sequence, then one in which every token is another. Without `pairs` [N, T]."""
 
@@ -65,7 +70,7 @@ class TracrTask(Task):
         return len(self.symbols) ** self.size
 
     def vocabulary(self) -> tuple[str, ...]:
-        return tuple(sorted((*self.symbols, BOS, PADDING)))
+        return tuple(sorted((*self.symbols, BOS, PADDING), key=_order))
 
     def build(self) -> Dataset:
         """The same rows in `train`, `validation` and `test`."""
@@ -109,7 +114,7 @@ class TracrReverse(TracrTask):
         return self.size
 
     def _targets(self, tokens: IntArray) -> IntArray:
-        outputs = sorted(self.symbols)
+        outputs = sorted(self.symbols, key=_order)
         place = np.array([outputs.index(token) if token in outputs else -1 for token in self.vocabulary()])
         return place[tokens[:, :0:-1]]
 

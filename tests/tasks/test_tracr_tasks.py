@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from groundswell.config import ConfigError
+from models.tracr_compiler import compile_program
+from models.tracr_network import TracrNetwork
+from models.tracr_programs import PROGRAMS
 from tasks.tracr_tasks import TracrProportion, TracrReverse
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "edge_pruning"
@@ -26,6 +29,15 @@ def test_reversed_sequences() -> None:
     decoded = json.loads((GOLDEN / "tracr_reverse.json").read_text())["decoded"]
     assert (split.targets + 1).tolist() == [row[1:] for row in decoded]
     assert split.positions[0].tolist() == [1, 2, 3]
+
+
+def test_numbers_of_two_digits_are_ordered_as_the_compiler_orders_them() -> None:
+    program = PROGRAMS["reverse"]
+    network = TracrNetwork(compile_program(program.expression, tuple(range(1, 13)), 2))
+    task = TracrReverse(symbols=tuple(map(str, range(1, 13))), size=2, pairs=False)
+    assert task.vocabulary() == tuple(map(str, network.program.vocabulary))
+    split = task.build().evaluation["test"]
+    assert torch.equal(network.run(split.tokens, split.positions).logits.argmax(-1), split.targets)
 
 
 def test_fractions_of_the_compiled_model_are_right() -> None:
