@@ -117,7 +117,7 @@ def print_table(report: Report, console: Console) -> None:
     table = Table(title=report.title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in report.table.columns:
         numeric = pd.api.types.is_numeric_dtype(report.table[column])
-        table.add_column(str(column), justify="right" if numeric else "left")
+        table.add_column(str(column), justify="right" if numeric else "left", overflow="fold")
     for row in report.table.itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
     console.print(table)

@@ -50,6 +50,7 @@ def test_decisions_are_sequential(threshold):
     assert 0 < found.sum() < network.graph.num_edges
 
 
+@pytest.mark.slow
 def test_grouped_heads_and_no_embedding_writers(tmp_path):
     network = llama_network(tmp_path, mask_embeddings=False)
     divergence = divergence_of(network, TASK, SPLIT)

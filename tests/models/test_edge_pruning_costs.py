@@ -93,6 +93,7 @@ def test_predicted_memory_is_that_of_the_fast_form(layers, heads, width, batch, 
     assert live.peak == pytest.approx(predicted, rel=0.15)
 
 
+@pytest.mark.slow
 def test_an_experiment_with_edge_masks_is_planned(tmp_path):
     folder = write_network("llama", tmp_path / "network")
     experiment = Experiment(

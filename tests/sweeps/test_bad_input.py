@@ -29,6 +29,11 @@ def command(tmp_path):
     return run
 
 
+def slow(*case):
+    """Each of these commands takes seconds to start; the first of every kind is enough for `make test`."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def assert_one_line(result, message):
     assert (result.returncode, result.stdout) == (2, ""), result
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
@@ -42,9 +47,9 @@ def assert_one_line(result, message):
             ("--optimizer.weight-decey", "0.1"),
             "optimizer.weight_decey: 'optimizer' has no field 'weight_decey'; did you",
         ),
-        (("--axis", "model.num_layers=2,-1"), "model.num_layers: Input should be greater than 0, got -1"),
-        (("--task.phi", "1000"), "task.phi"),
-        (("--model.num-heads", "5"), "model.num_heads: 5 does not divide width 64"),
+        slow(("--axis", "model.num_layers=2,-1"), "model.num_layers: Input should be greater than 0, got -1"),
+        slow(("--task.phi", "1000"), "task.phi"),
+        slow(("--model.num-heads", "5"), "model.num_heads: 5 does not divide width 64"),
     ],
 )
 def test_impossible_experiment(command, tmp_path, arguments, message):
@@ -56,16 +61,16 @@ def test_impossible_experiment(command, tmp_path, arguments, message):
     ("arguments", "message"),
     [
         (("--axis", "task=reverse", "--task.entity-vocab-size", "6"), "task.entity_vocab_size: 6 gives alphabets of 1"),
-        (
+        slow(
             ("--axis", "task=chain", "--task.num-triples", "99"),
             "task.num_triples: 99 is out of range; word_size 1",
         ),
-        (
+        slow(
             ("--model.position-encoding", "rotary", "--model.num-heads", "4"),
             "model.num_heads: 4 gives heads of 16 dimensions, rotary turns 32; at width 64 use 1 to 2 heads",
         ),
-        (("--axis", "task=reversed"), "--axis task: no such value 'reversed'; did you mean 'reverse'?"),
-        (("--task.word-size", "2"), "task.word_size: no such field"),  # of two of the four tasks
+        slow(("--axis", "task=reversed"), "--axis task: no such value 'reversed'; did you mean 'reverse'?"),
+        slow(("--task.word-size", "2"), "task.word_size: no such field"),  # of two of the four tasks
     ],
 )
 def test_impossible_facts(command, tmp_path, arguments, message):

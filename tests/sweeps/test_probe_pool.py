@@ -122,6 +122,7 @@ def test_a_killed_actor_is_replaced(sweep, log, probe):
     assert_tracked_once(sweep)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_and_a_broken_probe(sweep, log, probe):
     run = sweep.runs()[0]
     weights = run.checkpoint_folder(40) / "model.safetensors"

@@ -89,6 +89,7 @@ def test_the_micro_batch_is_the_largest_that_fits(planner, mib):
             assert one.memory.gpu_total - held + grown > limit
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_binds(planner):
     plan = planner.plan(Machine(small_gpu(20), 2, reserve_gib=0))
     assert not row(plan, "ddp").fits
@@ -123,6 +124,7 @@ def test_weak_scaling(planner):
     assert points[2].examples_per_s == pytest.approx(512 / points[2].step_s)
 
 
+@pytest.mark.slow
 def test_extras_are_counted(roomy):
     extra = Extra("masks", bytes_per_gpu=1e9, flops_per_example=1e12, trained_parameters=1_000, forwards=2)
     plan = Planner("test", subject(), lambda own, size: dataclasses.replace(extra, bytes_per_gpu=size * 1e9)).plan(
@@ -214,6 +216,7 @@ def test_decoder_and_transformers_model_of_one_size_agree():
     assert one.memory.activations < other.memory.activations < 2.5 * one.memory.activations
 
 
+@pytest.mark.slow
 def test_seconds_are_no_number_of_updates():
     with pytest.raises(ConfigError, match=r"budget\.seconds: how many updates that is depends .*; set --budget\.steps"):
         Planner("test", subject(**{"budget.seconds": 60, "budget.steps": None})).plan(Machine(A100, 1))

@@ -36,6 +36,7 @@ def test_a_table_a_verdict_and_flags(file, capsys):
     assert "weak scaling" in text and "efficiency" in text
 
 
+@pytest.mark.slow
 def test_one_json_object(file, capsys):
     found = planned(capsys, file, "--gpus", 2, "--price-per-gpu-hour", 3, "--weak-scaling", "2,4")
     assert found["best"] == "ddp" and found["flags"].startswith("--scaling.strategy ddp")
@@ -47,6 +48,7 @@ def test_one_json_object(file, capsys):
     assert found["machine"]["gpu"]["name"] == "h200"
 
 
+@pytest.mark.slow
 def test_the_flags_are_a_setting_that_plans_the_same(file, capsys):
     found = planned(capsys, file, "--gpus", 2)
     again = planned(capsys, file, "--gpus", 2, *found["flags"].split())
@@ -62,6 +64,7 @@ def test_fields_can_be_overridden(file, capsys):
     assert wide["rows"][0]["scaling"]["precision"] == "bf16"
 
 
+@pytest.mark.slow
 def test_nothing_fits_is_exit_code_1(file, capsys):
     custom = ["--gpu", "custom", "--memory-gib", "0.00001", "--tflops", "1", "--reserve-gib", "0"]
     assert main(["plan", str(file), *custom]) == 1
