@@ -46,8 +46,9 @@ def error(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
-def test_evaluate_an_edge_list(capsys, network, edge_list):
-    out = run(capsys, "evaluate", edge_list, "--network", network, *TASK, "--task.num-examples", "7")
+def test_evaluate_an_edge_list(capsys, network, edge_list, monkeypatch):
+    monkeypatch.chdir(edge_list.parent)  # a long path would be folded
+    out = run(capsys, "evaluate", edge_list.name, "--network", network, *TASK, "--task.num-examples", "7")
     assert "test: 7 examples, graph of 61 edges" in out
     assert "mine.json" in out and "exact_match" in out
 
