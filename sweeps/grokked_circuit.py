@@ -15,8 +15,9 @@ from analysis.grokked_circuit_report import CHECKPOINT, grokked_circuit_report
 from groundswell import AdamW, Budget, Checkpointing, ConfigError, Evaluation, Every, Experiment
 from groundswell.cli import main
 from groundswell.experiment import ParameterGroup
-from groundswell.rundir import RunFolder, SweepFolder
+from groundswell.rundir import RunFolder
 from groundswell.sweep import Axis, Sweep
+from groundswell.trained import newest_finished
 from models.decoder import Decoder
 from models.edge_masked import EdgeMasked
 from models.edge_objective import EdgePruning
@@ -60,19 +61,20 @@ def build(preset: str) -> Sweep:
 def composition_run(folder: Path) -> RunFolder:
     """The newest finished run of composition with weights of its own in each layer. Raises ConfigError, which says how
     to get one."""
-    found = []
-    for run in SweepFolder(folder).runs() if folder.exists() else ():
-        experiment, status = run.experiment(), run.status()
+
+    def wanted(run: RunFolder) -> bool:
+        experiment = run.experiment()
         own = isinstance(experiment.model, Decoder) and experiment.model.num_recurrences == 1
-        if isinstance(experiment.task, Composition) and own and status.state == "finished" and run.checkpoint_steps():
-            found.append((status.ended_ms or 0, run))
-    if not found:
+        return isinstance(experiment.task, Composition) and own and bool(run.checkpoint_steps())
+
+    run = newest_finished(folder, wanted)
+    if run is None:
         preset = folder.name.removeprefix("grok_circuits-")
         raise ConfigError(
             f"{folder}: no finished composition run to prune; start python sweeps/grok_circuits.py --preset {preset} "
             "--axis task=composition --axis weights=own here first"
         )
-    return max(found, key=lambda pair: pair[0])[1]
+    return run
 
 
 def checkpoints(run: RunFolder) -> dict[str, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,31 @@ from groundswell.config import ConfigError
 from groundswell.rundir import RunFolder, SweepFolder
 
 
+def newest_finished(sweep: str | Path, wanted: Callable[[RunFolder], bool]) -> RunFolder | None:
+    """Of the finished runs of the sweep in this folder that are wanted, the one that ended last."""
+    found = []
+    for run in SweepFolder(sweep).runs():
+        status = run.status()
+        if status.state == "finished" and wanted(run):
+            found.append((status.ended_ms or 0, run.run_id, run))
+    return max(found)[2] if found else None
+
+
 def trained_run(sweep: str | Path, command: str, **axes: Any) -> RunFolder:
     """A finished run of the sweep in this folder with these axis values; of several the one that ended last.
 
     Raises ConfigError where there is none: `command` is what trains it.
     """
-    found = []
-    for run in SweepFolder(sweep).runs():
-        status, values = run.status(), run.description()["axes"]
-        if status.state == "finished" and all(values.get(name) == value for name, value in axes.items()):
-            found.append((status.ended_ms or 0, run.run_id, run))
-    if not found:
-        wanted = " and ".join(f"{name}={value}" for name, value in axes.items())
-        raise ConfigError(f"{sweep}: no finished run{' with ' * bool(wanted)}{wanted}; train it first: {command}")
-    return max(found)[2]
+
+    def wanted(run: RunFolder) -> bool:
+        values = run.description()["axes"]
+        return all(values.get(name) == value for name, value in axes.items())
+
+    run = newest_finished(sweep, wanted)
+    if run is None:
+        told = " and ".join(f"{name}={value}" for name, value in axes.items())
+        raise ConfigError(f"{sweep}: no finished run{' with ' * bool(told)}{told}; train it first: {command}")
+    return run
 
 
 def trained_networks(sweep: str | Path, command: str, axis: str) -> dict[Any, str]:
