@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from groundswell.config import CLASS_KEY, ConfigError, parse_value, suggest
+from groundswell.config import CLASS_KEY, ConfigError, hash_of, parse_value, suggest
 from groundswell.experiment import Experiment
+from groundswell.stages import Stage
 from groundswell.sweep import Axis, Sweep
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
@@ -120,31 +121,79 @@ def split_dotted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, Any]) -> Sweep:
     """Apply the command line to a sweep; what it changes besides axis values becomes part of the sweep's name."""
+    before = _bases(sweep)
     for path, value in fields.items():
         if path in sweep.axes:
             raise ConfigError(f"{path} is an axis of this sweep; set its values with --axis {path}=V1,V2")
-        if isinstance(value, bool) and sweep.base.has(path) and not isinstance(sweep.base.get(path), bool):
-            raise ConfigError(f"{path}: needs a value, for instance --{path} {sweep.base.get(path)}")
+        base = next((base for base in before.values() if base.has(path)), sweep.base)
+        if isinstance(value, bool) and base.has(path) and not isinstance(base.get(path), bool):
+            raise ConfigError(f"{path}: needs a value, for instance --{path} {base.get(path)}")
     replaced = {path.removesuffix(f".{CLASS_KEY}") for path in fields if path.endswith(f".{CLASS_KEY}")}
     axes = _replace_axes({path: axis for path, axis in sweep.axes.items() if path not in replaced}, options.axis)
-    start = sweep.base  # with what the first value of each named axis stands for: what the fields are checked against
-    for path, axis in axes.items():
-        if axis.named is not None:
-            start = start.with_overrides(axis.overrides(path, axis.values[0]))
-    base = start.with_overrides(dict(fields))
-    for path, axis in axes.items():
-        if axis.named is None:
-            base.get(path)  # names a misspelt field
-            # a part that was replaced need not have all that the axis used to set
-            axes[path] = axis.model_copy(update={"also": tuple(other for other in axis.also if base.has(other))})
+    if sweep.stages:
+        changed = dataclasses.replace(sweep, axes=axes, fields=dict(fields), stages=_change_stages(sweep, fields))
+        _check_axes(changed)
+        is_another = hash_of(_identities(changed)) != hash_of(_identities(sweep))
+        digest = hash_of(_identities(changed))
+    else:
+        start = sweep.base  # with what the first value of each named axis stands for: fields are checked against it
+        for path, axis in axes.items():
+            if axis.named is not None:
+                start = start.with_overrides(axis.overrides(path, axis.values[0]))
+        base = start.with_overrides(dict(fields))
+        for path, axis in axes.items():
+            if axis.named is None:
+                base.get(path)  # names a misspelt field
+                # a part that was replaced need not have all that the axis used to set
+                axes[path] = axis.model_copy(update={"also": tuple(other for other in axis.also if base.has(other))})
+        changed = dataclasses.replace(sweep, base=base, axes=axes, fields=dict(fields))
+        is_another = base.identity != start.identity or bool(replaced)  # another number of workers is the same sweep
+        digest = base.identity
     parts = [sweep.name, preset]
     if options.search != "grid":
         parts.append(options.search)
     if options.scheduler != "none":
         parts.append(options.scheduler)
-    if base.identity != start.identity or replaced:  # another number of workers goes on with the same sweep
-        parts.append(base.identity[:6])
-    return dataclasses.replace(sweep, name="-".join(parts), base=base, axes=axes, fields=dict(fields))
+    if is_another:
+        parts.append(digest[:6])
+    return dataclasses.replace(changed, name="-".join(parts))
+
+
+# ---- pipelines ----
+
+
+def _bases(sweep: Sweep) -> dict[str, Experiment]:
+    """Of each stage; of an ordinary sweep the one there is."""
+    return {stage.name: sweep.stage_base(stage) for stage in sweep.stages} or {"": sweep.base}
+
+
+def _identities(sweep: Sweep) -> dict[str, Any]:
+    return {name: base.identity for name, base in _bases(sweep).items()}
+
+
+def _change_stages(sweep: Sweep, fields: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """A field goes to every stage that has it; one that begins with a stage's name to that stage alone."""
+    bases, stages = _bases(sweep), []
+    for path in fields:
+        first, _, rest = path.partition(".")
+        if first in bases:
+            bases[first].with_overrides({rest: fields[path]})  # names a misspelt field
+        elif not any(base.has(path) for base in bases.values()):
+            sweep.base.get(path)  # names it
+            raise ConfigError(f"{path}: no stage has this field")
+    for stage in sweep.stages:
+        common = {path: value for path, value in fields.items() if bases[stage.name].has(path)}
+        prefix = f"{stage.name}."
+        own = {path.removeprefix(prefix): value for path, value in fields.items() if path.startswith(prefix)}
+        stages.append(dataclasses.replace(stage, changes={**stage.changes, **common, **own}))
+    return tuple(stages)
+
+
+def _check_axes(sweep: Sweep) -> None:
+    bases = _bases(sweep).values()
+    for path, axis in sweep.axes.items():
+        if axis.named is None and not any(base.has(other) for base in bases for other in (path, *axis.also)):
+            sweep.base.get(path)  # names the misspelt field
 
 
 def _replace_axes(axes: dict[str, Axis], options: Sequence[str]) -> dict[str, Axis]:

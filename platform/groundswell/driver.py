@@ -32,6 +32,7 @@ from groundswell.report import finish_report
 from groundswell.results import load_results
 from groundswell.rundir import RunFolder, SweepFolder
 from groundswell.scaling.capacity import FOLLOWER, Demand, cluster_nodes, concurrent_runs
+from groundswell.stages import USABLE
 from groundswell.storage import Storage
 from groundswell.sweep import PlannedRun, Sweep, cost, make_packs, unique_runs
 from groundswell.tracking import Tracker
@@ -130,7 +131,7 @@ class Driver:
                 self._say_how_to_go_on()
             else:
                 planned = list(self.planned.values())
-                results = load_results(self.folder, planned, tuple(self.sweep.axes), self.sweep.replicate_axis)
+                results = load_results(self.folder, planned, self.sweep.columns, self.sweep.replicate_axis)
                 tracker.log_outputs(finish_report(self.sweep, results, self.folder, self.console))
         finally:
             for leftover in filter(None, [tracker.close(DRAIN_SECONDS), self._close_mirror()]):
@@ -184,6 +185,8 @@ class Driver:
         """Bring Ray up only when something is left to train."""
         if self.options.search != "optuna" and self._all_final():
             return
+        if self.options.scheduler != "none" and self.sweep.stages:
+            raise ConfigError("--scheduler: the runs of a pipeline's stages cannot be compared; leave it out")
         if self.options.scheduler != "none" and self.sweep.base.budget.steps is None:
             raise ConfigError("budget.seconds: a scheduler compares runs at equal steps; set --budget.steps, too")
         where = f"the cluster at {self.options.address}" if self.options.address else "this machine"
@@ -193,9 +196,9 @@ class Driver:
             highlight=False,
         )
         if self.options.search == "optuna":
-            replicates = self.sweep.replicates()
-            total_runs = self.options.num_samples * len(replicates)
-            total_work = cost(self._one_setting()) / len(replicates) * total_runs
+            one = self._one_setting()
+            total_runs = self.options.num_samples * len(one)
+            total_work = cost(one) * self.options.num_samples
         else:
             self.planned = {run.run_id: run for run in listed_runs(self.sweep, self.options)}
             total_runs, total_work = len(self.planned), cost(list(self.planned.values()))
@@ -264,15 +267,16 @@ class Driver:
         )
 
     def _make_source(self, on_gpu: bool) -> Any:
-        from groundswell.search import ListedPacks, OptunaPacks
+        from groundswell.search import InOrder, ListedPacks, OptunaPacks
         from groundswell.sweep import pack_size
 
         pack = self.options.pack
         if self.options.search != "optuna":
-            return ListedPacks(make_packs(list(self.planned.values()), self.workers, on_gpu, pack))
+            listed = ListedPacks(make_packs(list(self.planned.values()), self.workers, on_gpu, pack))
+            return InOrder(listed) if self.sweep.stages else listed
         total = self.options.num_samples * len(self.sweep.replicates())
         size = pack_size(self.sweep.base, total, self.workers, on_gpu, pack)
-        return OptunaPacks(
+        asked = OptunaPacks(
             self.sweep,
             self.folder.path / "study.db",
             self.options.num_samples,
@@ -281,6 +285,7 @@ class Driver:
             group=max(1, size // len(self.sweep.replicates())),
             seed=self.options.search_seed,
         )
+        return InOrder(asked) if self.sweep.stages else asked
 
     def _prepare(self, pack: list[PlannedRun]) -> dict[str, Any] | None:
         """Make the folders; leave out what is finished. What failed in an earlier session is tried again."""
@@ -292,6 +297,8 @@ class Driver:
             if folder.status().state == "failed" and run.run_id not in self._prepared:
                 folder.update_status(state="waiting")
             self._prepared.add(run.run_id)
+            if not folder.status().is_final:
+                self._check_inputs(run, folder)
             if folder.status().is_final:
                 self.progress.skip(folder.status().state, cost([run]))
                 self.source.complete(run.run_id, self._outcome(folder))
@@ -313,9 +320,17 @@ class Driver:
             "sweep": str(self.folder.path.resolve()),
             "storage": self.options.storage,
             "runs": [run.run_id for run in waiting],
+            "inputs": sorted({source for run in waiting for source in run.inputs.values()}),
             "every_evaluation": self.options.scheduler != "none",
             "reserves": FOLLOWER if scaling.distributed else Demand.of(scaling, self.on_gpu).per_worker,
         }
+
+    def _check_inputs(self, run: PlannedRun, folder: RunFolder) -> None:
+        """A run whose inputs have not ended well cannot start."""
+        for path, source in run.inputs.items():
+            if (state := self.folder.run(source).status().state) not in USABLE:
+                folder.fail(f"{path}: run {source}, which it starts from, is {state}")
+                return
 
     def _request_prune(self, run_id: str, reason: str) -> None:
         folder = self.folder.run(run_id)

@@ -253,6 +253,16 @@ class Objective(Component, ABC):
         (from 0) of at most `total`. Where there are any, `loss` is given them as `scheduled`: name -> [K]."""
         return {}
 
+    def optimizer_start(self, update: int, total: int) -> int:
+        """The optimizer's memory in number `update` reaches back to this one: where it is `update` itself, moments and
+        bias corrections begin anew. A pure function, so that a resumed run does the same."""
+        return 0
+
+    @property
+    def stochastic(self) -> bool:
+        """Does the loss itself draw random numbers? Then it is given `generators`, as for a stochastic model."""
+        return False
+
     @abstractmethod
     def loss(
         self,

@@ -65,11 +65,20 @@ class RunFolder:
 
     # ---- what the run is ----
 
-    def write_new(self, experiment: Experiment, name: str, axes: Mapping[str, Any], pack: str, number: int) -> None:
+    def write_new(
+        self,
+        experiment: Experiment,
+        name: str,
+        axes: Mapping[str, Any],
+        pack: str,
+        number: int,
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
         """Describe the run; what it has trained so far stays. `run.json` comes last: with it the folder is whole.
 
         The experiment may differ in what is no part of its identity (the number of workers)."""
         description = {"name": name, "axes": dict(axes), "pack": pack, "number": number}
+        description |= {"inputs": dict(inputs)} if inputs else {}
         texts = {"experiment.json": experiment.to_json(), "run.json": json.dumps(description, indent=2) + "\n"}
         for file, text in texts.items():
             target = self.path / file
@@ -82,14 +91,16 @@ class RunFolder:
     def experiment(self) -> Experiment:
         """Imports the experiment's classes. `experiment_dict` does not."""
         from groundswell.experiment import Experiment
+        from groundswell.stages import remember
 
+        remember(self.path.parents[1])
         return Experiment.from_file(self.path / "experiment.json")
 
     def experiment_dict(self) -> dict[str, Any]:
         return _read_json(self.path / "experiment.json")
 
     def description(self) -> dict[str, Any]:
-        """name, axes, pack, number."""
+        """name, axes, pack, number; of a stage of a pipeline, inputs too (field -> run id)."""
         return _read_json(self.path / "run.json")
 
     # ---- status ----
@@ -218,6 +229,19 @@ class RunFolder:
         """The newest one's step; 0 without any."""
         return max(self.checkpoint_steps(), default=0)
 
+    def best_step(self) -> int:
+        """Of the checkpoints that are there, the best by `checkpointing.best_metric`; without that the newest."""
+        settings = self.experiment_dict()["checkpointing"]
+        steps = set(self.checkpoint_steps())
+        values = {
+            line["step"]: line["metrics"][settings["best_metric"]]
+            for line in self.journal()
+            if line["step"] in steps and settings["best_metric"] in line["metrics"]
+        }
+        if not values:
+            return self.checkpoint_step()
+        return (max if settings["best_mode"] == "max" else min)(values, key=lambda step: values[step])
+
     def checkpoint_folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
@@ -281,7 +305,7 @@ class SweepFolder:
     def create_run(self, run: PlannedRun, pack: str, number: int) -> RunFolder:
         """The run's folder, new or with what it has trained so far."""
         folder = self.run(run.run_id)
-        folder.write_new(run.experiment, run.name, run.axes, pack, number)
+        folder.write_new(run.experiment, run.name, run.axes, pack, number, run.inputs)
         return folder
 
     def frame(self) -> pd.DataFrame:

@@ -25,7 +25,7 @@ class PackSource(ABC):
 
     @abstractmethod
     def next_pack(self) -> list[PlannedRun] | None:
-        """None when there are no more."""
+        """None when there are no more; an empty one where the next must wait for runs that are under way."""
 
     def complete(self, run_id: str, outcome: Outcome) -> None:  # noqa: B027 (only a learning source listens)
         """A run has reached a final state."""
@@ -39,6 +39,40 @@ class ListedPacks(PackSource):
 
     def next_pack(self) -> list[PlannedRun] | None:
         return self._waiting.popleft() if self._waiting else None
+
+
+class InOrder(PackSource):
+    """Holds packs back until the runs that theirs start from have ended; the source has those too. A run that several
+    settings share is handed out once."""
+
+    def __init__(self, source: PackSource) -> None:
+        self._source = source
+        self._held: list[list[PlannedRun]] = []
+        self._open: set[str] = set()  # runs that came from the source and have not ended
+        self._ended: set[str] = set()
+
+    def next_pack(self) -> list[PlannedRun] | None:
+        for pack in self._held:
+            if self._is_ready(pack):
+                self._held.remove(pack)
+                return pack
+        while (asked := self._source.next_pack()) is not None:
+            pack = [
+                run for run in asked if run.run_id not in self._open
+            ]  # settings share runs: one teacher, many pupils
+            self._open.update(run.run_id for run in pack)
+            if pack and self._is_ready(pack):
+                return pack
+            self._held += [pack] if pack else []
+        return [] if self._held else None
+
+    def _is_ready(self, pack: Sequence[PlannedRun]) -> bool:
+        return all(source in self._ended for run in pack for source in run.inputs.values())
+
+    def complete(self, run_id: str, outcome: Outcome) -> None:
+        self._open.discard(run_id)
+        self._ended.add(run_id)
+        self._source.complete(run_id, outcome)
 
 
 class OptunaPacks(PackSource):
@@ -71,6 +105,7 @@ class OptunaPacks(PackSource):
         self._states = optuna.trial.TrialState
         self._waiting: deque[list[PlannedRun]] = deque()
         self._open: dict[int, dict[str, Outcome | None]] = {}  # trial number -> run id -> outcome
+        self._decisive: set[str] = set()
         self._reopen()
 
     def _reopen(self) -> None:
@@ -87,6 +122,7 @@ class OptunaPacks(PackSource):
     def _register(self, number: int, params: Mapping[str, Any]) -> list[PlannedRun]:
         runs = self.sweep.runs({path: params[path] for path in self._distributions})
         self._open[number] = {run.run_id: None for run in runs}
+        self._decisive |= {run.run_id for run in runs if run.decisive}
         return runs
 
     def _asked(self) -> int:
@@ -111,7 +147,7 @@ class OptunaPacks(PackSource):
             if run_id in runs:
                 runs[run_id] = outcome
                 if all(runs.values()):
-                    self._tell(number, [o for o in runs.values() if o])
+                    self._tell(number, [o for one, o in runs.items() if o and one in self._decisive])
                     del self._open[number]
 
     def _tell(self, number: int, outcomes: Sequence[Outcome]) -> None:
@@ -146,6 +182,8 @@ class PackSearcher(Unsaved, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         while (pack := self.source.next_pack()) is not None:
+            if not pack:
+                return None  # Tune asks again
             if config := self.prepare(pack):
                 return config
         return Searcher.FINISHED

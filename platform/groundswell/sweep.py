@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,9 @@ from pydantic import Field, model_validator
 from groundswell.config import Config, ConfigError, suggest
 from groundswell.experiment import Experiment
 from groundswell.probes import Probe
+from groundswell.stages import Stage, check_stages, reference
+
+STAGE = "stage"  # the column of a pipeline's runs
 
 
 class Axis(Config):
@@ -79,6 +82,8 @@ class PlannedRun:
     experiment: Experiment
     axes: dict[str, Any]
     name: str  # short and comparable: "num_layers=2 weight_decay=0.3 seed=1"
+    inputs: Mapping[str, str] = field(default_factory=dict)  # of a stage: field -> run id of where it comes from
+    decisive: bool = True  # does the search look at its metric? Of a pipeline the last stage's alone
 
     @property
     def run_id(self) -> str:
@@ -95,6 +100,10 @@ class Sweep:
     each setting is run once for each of its values. `probes` are asked of each run's last checkpoint, or with
     `probe_steps` "all" of every scheduled one, beginning while the sweep trains. `report` turns the results into a
     table and figures. `fields` win over what named axes set (they come from the command line).
+
+    With `stages` each setting is a pipeline: one run a stage and replicate. An axis changes the stages that have one of
+    its fields, so what stages share (one teacher for several students) is trained once. The search looks at `metric`
+    of the last stage.
     """
 
     name: str
@@ -108,6 +117,15 @@ class Sweep:
     probes: tuple[Probe, ...] = ()
     probe_steps: Literal["last", "all"] = "last"
     fields: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_stages(self.stages)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What tells the runs of this sweep apart."""
+        return (STAGE, *self.axes) if self.stages else tuple(self.axes)
 
     @property
     def objectives(self) -> dict[str, Literal["max", "min"]]:
@@ -139,26 +157,63 @@ class Sweep:
         return [{path: axis.sample(generator) for path, axis in self.search_axes().items()} for _ in range(count)]
 
     def runs(self, setting: Setting) -> list[PlannedRun]:
-        """The setting's runs, one a replicate. Raises ConfigError that names the field and the combination."""
+        """The setting's runs, one a replicate (and stage). Raises ConfigError that names the field and the
+        combination."""
         planned = []
         for replicate in self.replicates():
             axes = dict(setting)
             if self.replicate_axis in self.axes:
                 axes[self.replicate_axis] = replicate
-            named = {key: value for key, value in axes.items() if self.axes[key].named is not None}
-            overrides: dict[str, Any] = {}
-            for key, value in named.items():
-                overrides |= self.axes[key].overrides(key, value)
-            overrides |= self.fields if named else {}  # else the base has them
-            for key, value in axes.items():
-                overrides |= {} if key in named else self.axes[key].overrides(key, value)
-            try:
-                experiment = self.base.with_overrides(overrides)
-            except ConfigError as error:
-                raise ConfigError(f"{error} (run {run_name(axes)})") from None
-            axes = {key: value if key in named else _plain(experiment.get(key), value) for key, value in axes.items()}
-            planned.append(PlannedRun(experiment, axes, run_name(axes)))
+            planned += self._pipeline(axes) if self.stages else [self._run(self.base, axes)]
         return planned
+
+    def _run(self, base: Experiment, axes: dict[str, Any], stage: str = "") -> PlannedRun:
+        named = {key: value for key, value in axes.items() if self.axes[key].named is not None}
+        overrides: dict[str, Any] = {}
+        for key, value in named.items():
+            overrides |= self.axes[key].overrides(key, value)
+        overrides |= self.fields if named else {}  # else the base has them
+        for key, value in axes.items():
+            overrides |= {} if key in named else self.axes[key].overrides(key, value)
+        if stage:  # whose changes have the fields already
+            given = {path.removeprefix(f"{stage}.") for path in self.fields}
+            overrides = {path: value for path, value in overrides.items() if base.has(path) and path not in given}
+        try:
+            experiment = base.with_overrides(overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (run {run_name(axes)})") from None
+        axes = {
+            key: _plain(experiment.get(key), value) if key not in named and experiment.has(key) else value
+            for key, value in axes.items()
+        }
+        axes = {STAGE: stage, **axes} if stage else axes
+        return PlannedRun(experiment, axes, run_name(axes))
+
+    def _pipeline(self, axes: Mapping[str, Any]) -> list[PlannedRun]:
+        """One run a stage. Axes that change neither a stage nor what it starts from are not its own."""
+        made: dict[str, PlannedRun] = {}
+        for stage in self.stages:
+            sources = stage.sources()
+            try:
+                base = self.stage_base(stage)
+                inputs = {path: made[source].run_id for path, (source, _) in sources.items()}
+                base = base.with_overrides(
+                    {path: reference(inputs[path], which) for path, (_, which) in sources.items()}
+                )
+            except ConfigError as error:
+                raise ConfigError(f"stage {stage.name}: {error}") from None
+            earlier = {key for source, _ in sources.values() for key in made[source].axes}
+            own = {key: value for key, value in axes.items() if key in earlier or self._concerns(base, key, value)}
+            run = self._run(base, own, stage.name)
+            made[stage.name] = replace(run, inputs=inputs, decisive=stage is self.stages[-1])
+        return list(made.values())
+
+    def stage_base(self, stage: Stage) -> Experiment:
+        """The stage's experiment before its axes and inputs."""
+        return self.base.with_overrides(dict(stage.changes))
+
+    def _concerns(self, base: Experiment, key: str, value: Any) -> bool:
+        return any(base.has(path) for path in self.axes[key].overrides(key, value))
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -168,6 +223,7 @@ class Sweep:
             **({"also": dict(self.also)} if self.also else {}),
             "replicate_axis": self.replicate_axis,
             "axes": {path: axis.to_dict() for path, axis in self.axes.items()},
+            **({"stages": [stage.name for stage in self.stages]} if self.stages else {}),
             "base": self.base.to_dict(),
         }
 
@@ -192,8 +248,11 @@ def format_value(value: Any) -> str:
 
 
 def unique_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Equal experiments once, in order."""
-    return list({run.run_id: run for run in runs}.values())
+    """Equal experiments once, in order. The first of them names the run."""
+    unique: dict[str, PlannedRun] = {}
+    for run in runs:
+        unique.setdefault(run.run_id, run)
+    return list(unique.values())
 
 
 # ---- packs ----

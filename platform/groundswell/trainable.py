@@ -28,7 +28,8 @@ LOCK_SECONDS = 60.0  # a dying predecessor may hold its runs for a moment
 
 class PackTrainable(tune.Trainable):
     """config: "sweep" (folder), "runs" (run ids of one pack), "every_evaluation" (bool, for schedulers), "reserves"
-    (Ray's resources of this process), "storage" (URI of what outlives this machine)."""
+    (Ray's resources of this process), "storage" (URI of what outlives this machine), "inputs" (ids of the runs that
+    these start from)."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.sweep = SweepFolder(Path(config["sweep"]))
@@ -43,7 +44,7 @@ class PackTrainable(tune.Trainable):
         self.locks = contextlib.ExitStack()
         try:
             if config.get("storage"):
-                self.mirror = open_mirror(config["storage"], self.folders)
+                self.mirror = open_mirror(config["storage"], self.folders, config.get("inputs", ()))
             for folder in self.folders:
                 self.locks.enter_context(FileLock(folder.path / "training.lock", timeout=LOCK_SECONDS))
             self._start()
@@ -131,14 +132,17 @@ class PackTrainable(tune.Trainable):
         """Runs resume from their own folders in `setup`."""
 
 
-def open_mirror(uri: str, folders: Sequence[RunFolder]) -> Mirror:
-    """A mirror of the runs' sweep, after what it has of them beyond this machine has come here."""
+def open_mirror(uri: str, folders: Sequence[RunFolder], inputs: Sequence[str] = ()) -> Mirror:
+    """A mirror of the runs' sweep, after what it has of them, and of what they start from, beyond this machine has come
+    here."""
     from groundswell.mirror import Mirror
     from groundswell.storage import Storage
 
     mirror = Mirror(Storage(uri), SweepFolder(folders[0].path.parents[1]))
     for folder in folders:
         mirror.fetch(folder)
+    for run_id in inputs:
+        mirror.fetch(mirror.sweep.run(run_id), checkpoints=None)  # the best one may be an old one
     return mirror
 
 

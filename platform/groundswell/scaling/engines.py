@@ -48,6 +48,10 @@ class Engine(ABC):
         """One update with the learning rates times `factor`. Returns this worker's share of loss and metrics: summed
         over the workers they are those of the whole batch."""
 
+    def restart_optimizer(self) -> None:
+        """Forget the optimizer's moments."""
+        raise ConfigError(f"scaling.strategy {self.experiment.scaling.strategy}: cannot reset the optimizer; use fsdp")
+
     @abstractmethod
     def grad_norm(self) -> float:
         """Global norm of the last update's gradients, before clipping."""
@@ -139,6 +143,12 @@ class TorchEngine(Engine):
     def _gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around the passes of a micro-batch."""
         return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def restart_optimizer(self) -> None:
+        for state in self.optimizer.state.values():
+            for tensor in state.values():  # step, exp_avg, exp_avg_sq
+                tensor.zero_()
 
     def grad_norm(self) -> float:
         if self.experiment.optimizer.clip_norm:

@@ -65,7 +65,7 @@ class WorkerTrainer:
         self.dataset = build_dataset(e)
         self.order = data_order(self.dataset.train, generator(e.seed, "order"))
         self.data = training_data([self.dataset], self.device)
-        self.dropout = torch.Generator(self.device) if e.model.stochastic else None
+        self.dropout = torch.Generator(self.device) if e.model.stochastic or e.objective.stochastic else None
         self._count_batches()
         answer = self.dataset.answer.to(self.device)
         self.engine = engine_class(e.scaling.strategy)(e, answer, self.device, self.micro_batches[1])
@@ -176,6 +176,8 @@ class WorkerTrainer:
             if self.dropout is not None:  # each update and worker has its own stream, so there is no state to keep
                 rank = self.place.rank if e.model.noise_by_example else 0
                 self.dropout.manual_seed(stream_seed(e.seed, f"dropout/{update}/{rank}"))
+            if update > 0 and e.objective.optimizer_start(update, total) == update:
+                self.engine.restart_optimizer()
             metrics = self.engine.update(self._pieces(rows), factor, self.dropout)
             for name, value in metrics.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()

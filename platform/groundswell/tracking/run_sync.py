@@ -165,7 +165,12 @@ class RunSync:
 
     def _description_tags(self, parent: Parent) -> dict[str, str]:
         d = self.folder.description()
-        return {"mlflow.runName": tag_value(d["name"]), "groundswell.pack": tag_value(d["pack"])}
+        tags = {"mlflow.runName": tag_value(d["name"]), "groundswell.pack": tag_value(d["pack"])}
+        for path, run_id in d.get("inputs", {}).items():  # of a stage of a pipeline: where it starts from
+            tags[f"groundswell.input.{path}"] = run_id
+            stored = Memory.load(self.folder.path.parent / run_id / "tracking.json").mlflow_run_id
+            tags |= {f"groundswell.input_run.{path}": stored} if stored else {}
+        return tags
 
     def _ensure_run(self, store: Store, parent: Parent, status: Status) -> StoredRun:
         """The MLflow run: remembered, or found by its tag, or new."""

@@ -134,6 +134,7 @@ class PackedAdamW:
         self.settings = list(settings)
         self.total_updates = total_updates
         self.step_count = step
+        self._starts = [0] * len(settings)  # the update at which each row's moments began
         self._done: float | None = 0.0 if timed else None
         trained = slice(0, parameters.num_trained)
         self.flat, self.grad = parameters.flat.detach()[:, trained], parameters.grad
@@ -154,6 +155,7 @@ class PackedAdamW:
         """Every number of the update on the device, so that a CUDA graph can hold the step."""
         settings, column = self.settings, self._column
         self._device_step = torch.tensor(float(self.step_count), device=self.parameters.flat.device)
+        self._device_starts = torch.zeros(len(settings), 1, device=self.parameters.flat.device)
         self._device_done = torch.zeros((), device=self.parameters.flat.device)
         self._beta1, self._beta2 = column([s.beta1 for s in settings]), column([s.beta2 for s in settings])
         self._eps = column([s.eps for s in settings])
@@ -168,6 +170,18 @@ class PackedAdamW:
         self.step_count = step
         if not self.on_cpu:
             self._device_step.fill_(float(step))
+
+    def set_start(self, row: int, start: int) -> None:
+        """Before an update: the row's moments reach back to number `start`. Where that is this update, they are
+        forgotten."""
+        if start == self._starts[row]:
+            return
+        self._starts[row] = start
+        if start == self.step_count:
+            self.exp_avg[row].zero_()
+            self.exp_avg_sq[row].zero_()
+        if not self.on_cpu:
+            self._device_starts[row] = float(start)
 
     def set_done(self, done: float) -> None:
         """Before an update: which part of the budget is done."""
@@ -197,9 +211,9 @@ class PackedAdamW:
 
     def _step_rows(self) -> None:
         """torch's fused kernel on each part of each row."""
-        count = torch.tensor(float(self.step_count + 1))
         for index, (s, parts) in enumerate(zip(self.settings, self._parts, strict=True)):
             factor = s.lr_factor(self.step_count, self.total_updates, self._done)
+            count = torch.tensor(float(self.step_count + 1 - self._starts[index]))
             for part in parts:
                 place = part.place
                 torch._fused_adamw_(
@@ -219,8 +233,9 @@ class PackedAdamW:
                 self.grad[:, place].neg_()
         self.exp_avg.mul_(self._beta1).add_((1 - self._beta1) * self.grad)
         self.exp_avg_sq.mul_(self._beta2).add_((1 - self._beta2) * self.grad * self.grad)
-        correction1 = 1 - self._beta1**self._device_step
-        correction2 = (1 - self._beta2**self._device_step).sqrt()
+        count = self._device_step - self._device_starts
+        correction1 = 1 - self._beta1**count
+        correction2 = (1 - self._beta2**count).sqrt()
         for place, lr, _, _ in self._device_parts:
             root = self.exp_avg_sq[:, place].sqrt() / correction2 + self._eps
             self.flat[:, place].sub_((lr * factor / correction1) * self.exp_avg[:, place] / root)

@@ -97,7 +97,7 @@ class Pack:
         optimizers = [m.experiment.optimizer for m in members]
         updates, timed = self.updates_per_step, self.budget.seconds is not None
         self.optimizer = PackedAdamW(self.parameters, optimizers, self.budget.total * updates, step * updates, timed)
-        self._uses_generators = self.model.stochastic
+        self._uses_generators = self.model.stochastic or self.objective.stochastic
         self._place_data()
         self._loss = torch.compile(self._forward, dynamic=False) if self.scaling.compile else self._forward
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -161,6 +161,8 @@ class Pack:
     def _schedule(self) -> None:
         """What the members' objectives schedule for the coming update, [K] each: in place, where a graph reads it."""
         update, total = self.optimizer.step_count, self.optimizer.total_updates
+        for row, member in enumerate(self.members):
+            self.optimizer.set_start(row, member.experiment.objective.optimizer_start(update, total))
         runs = [member.experiment.objective.scheduled(update, total) for member in self.members]
         for name in runs[0]:
             values = torch.tensor([run[name] for run in runs], dtype=self.dtype)
@@ -234,7 +236,7 @@ class Pack:
         """The update as one CUDA graph, captured after one eager update has warmed the allocator up."""
         if self._uses_generators:
             raise ConfigError(
-                "scaling.cuda_graph: this model draws random numbers in training, as dropout does; leave it off"
+                "scaling.cuda_graph: this model or objective draws random numbers in training; leave it off"
             )
         if self._graph is None:
             stream = torch.cuda.Stream()
