@@ -16,6 +16,8 @@ from numpy.random import RandomState
 from groundswell.protocols import IGNORE, Answer, Dataset, Split, Task
 from tasks.vocabulary import IntArray
 
+DIGEST_ROWS = 4_096  # rows hashed together
+
 
 def sample(rows: IntArray, count: int, random: RandomState) -> IntArray:
     """`count` rows without replacement in random order; all of them, shuffled, when there are fewer.
@@ -50,6 +52,8 @@ def row_texts(split: Split, vocabulary: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def concatenate(*splits: Split) -> Split:
+    if len(splits) == 1:  # a large data set is not held twice
+        return splits[0]
     return Split(
         torch.cat([split.tokens for split in splits]),
         torch.cat([split.positions for split in splits]),
@@ -87,5 +91,6 @@ def digest(train: Split, evaluation: Mapping[str, Split]) -> str:
     for name, split in [("train", train), *sorted(evaluation.items())]:
         for tensor in (split.tokens, split.positions, split.targets) if len(split) else ():
             total.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            total.update(tensor.contiguous().numpy().tobytes())
+            for rows in tensor.split(DIGEST_ROWS):
+                total.update(rows.contiguous().numpy().data)
     return total.hexdigest()

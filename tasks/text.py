@@ -21,12 +21,16 @@ from torch import Tensor
 from groundswell.config import ConfigError
 from groundswell.files import check_name
 from groundswell.protocols import IGNORE, Answer, Dataset, Split, Task
-from tasks.tokenizer_files import load_tokenizer, load_vocabulary, tokenizer_key
+from tasks.tokenizer_files import (
+    END_OF_TEXT,
+    TOKENIZER_CONFIG,
+    eos_token,
+    load_tokenizer,
+    load_vocabulary,
+    tokenizer_key,
+)
 
 TRAIN, VALIDATION, SUFFIX = "train", "validation", ".jsonl"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-# What the end-of-text token is called where no tokenizer_config.json says: GPT-2, Llama 3, Llama 2 and Mistral, others.
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BATCH = 1_000  # documents tokenised together
 DIGEST_ROWS = 4_096
 
@@ -158,7 +162,7 @@ class Text(Task):
             return found
         if self.packing == "padded":
             return None
-        named = _end_of_text(path.with_name(TOKENIZER_CONFIG))
+        named = eos_token(path.with_name(TOKENIZER_CONFIG))
         ids = (tokenizer.token_to_id(token) for token in ([named] if named else END_OF_TEXT))
         found = next((token for token in ids if token is not None), None)
         if found is None:
@@ -229,17 +233,6 @@ class _Rows:
         for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
             tokens[row, :length] = self._flat()[start : start + length]
         return tokens, tokens[:, 1:].masked_fill(~inside[:, 1:], IGNORE)
-
-
-def _end_of_text(path: Path) -> str | None:
-    """`eos_token` of tokenizer_config.json, where there is one."""
-    try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except OSError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"tokenizer {path}: not a JSON object ({error}); copy the file again") from None
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _digest(splits: Mapping[str, Split]) -> str:

@@ -5,6 +5,7 @@ Importing this does not import the tokenizers library: commands that only list r
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,9 @@ from tasks.vocabulary import PAD
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+# What the end-of-text token is called where no tokenizer_config.json says: GPT-2, Llama 3, Llama 2 and Mistral, others.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 UNKNOWN = "<unk>"
 # A word with the space before it, a contraction's end, two digits, one digit, any other character: as in GPT-2, a text
 # is its tokens end to end.
@@ -57,6 +60,17 @@ def load_vocabulary(path: Path, changed: int) -> tuple[str, ...]:
 def tokens_by_id(tokenizer: Tokenizer) -> tuple[str, ...]:
     ids = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     return tuple(ids.get(index, f"<unused {index}>") for index in range(max(ids) + 1))
+
+
+def eos_token(path: Path) -> str | None:
+    """`eos_token` of a tokenizer_config.json or special_tokens_map.json, where there is one."""
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except OSError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"tokenizer {path}: not a JSON object ({error}); copy the file again") from None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 @lru_cache(maxsize=16)

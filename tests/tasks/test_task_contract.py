@@ -13,7 +13,10 @@ from tasks.arithmetic_examples import LengthTask
 from tasks.arithmetic_rows import longest_run
 from tasks.boolean_expressions import BooleanExpressions
 from tasks.chain import Chain
+from tasks.chain_files import ChainFiles
 from tasks.chain_related import ChainRelated
+from tasks.chain_symbols import SymbolChain
+from tasks.chain_symbols import write_folder as write_folder_of_chains
 from tasks.comparison import Comparison
 from tasks.complex_reasoning import ComplexReasoning
 from tasks.composition import Composition
@@ -23,10 +26,12 @@ from tasks.gendered_pronoun import GenderedPronoun
 from tasks.greater_than import GreaterThan
 from tasks.ioi import Ioi
 from tasks.modular_arithmetic import ModularArithmetic
+from tasks.multiplication_chain import MultiplicationChain
 from tasks.positional_or import PositionalOr
 from tasks.random_tokens import RandomTokens
 from tasks.reverse import Reverse
 from tasks.reverse_icl import ReverseICL
+from tasks.running_sums import RunningSums
 from tasks.sorting import Sorting
 from tasks.text import Text
 from tasks.tracr_tasks import TracrProportion, TracrReverse
@@ -81,13 +86,23 @@ CIRCUITS = {  # their rows hold two texts, and the words of their vocabularies a
     "compiled reversal": TracrReverse(),
     "compiled fractions": TracrProportion(),
 }
+CHAINS = {  # of thought; their padding is a token that they end with
+    "products": MultiplicationChain(digits=2, **SIZES),
+    "products with hidden chains": MultiplicationChain(digits=4, form="hidden", **SIZES),
+    "products without chains": MultiplicationChain(digits=3, form="none", **SIZES),
+    "running sums": RunningSums(train_size=None),
+    "long running sums": RunningSums(length=16, base=10, form="none", **SIZES),
+}
 TEXTS = {"text": {}, "text in padded rows": {"packing": "padded", "max_documents": 50}}  # these need files
 
 
-@pytest.fixture(params=[*TASKS, *LENGTHS, *CIRCUITS, *TEXTS])
+@pytest.fixture(params=[*TASKS, *LENGTHS, *CIRCUITS, *CHAINS, *TEXTS, "chains in files"])
 def any_task(request: pytest.FixtureRequest, tmp_path) -> Task:
+    if request.param == "chains in files":
+        write_folder_of_chains(CHAINS["products"], tmp_path)
+        return ChainFiles(path=str(tmp_path))
     if request.param not in TEXTS:
-        return (TASKS | LENGTHS | CIRCUITS)[request.param]
+        return (TASKS | LENGTHS | CIRCUITS | CHAINS)[request.param]
     documents, tokenizer = write_documents(tmp_path / "text.jsonl"), write_tokenizer(tmp_path)
     return Text(path=str(documents), tokenizer=str(tokenizer), length=8, **TEXTS[request.param])
 
@@ -100,6 +115,11 @@ def task(request: pytest.FixtureRequest) -> Task:
 @pytest.fixture(params=LENGTHS)
 def length_task(request: pytest.FixtureRequest) -> LengthTask:
     return LENGTHS[request.param]
+
+
+@pytest.fixture(params=CHAINS)
+def chain_task(request: pytest.FixtureRequest) -> SymbolChain:
+    return CHAINS[request.param]
 
 
 @pytest.fixture
@@ -267,3 +287,27 @@ def test_the_longest_number_of_lengths(length_task: LengthTask) -> None:
     first, second = length_task.trained_lengths
     cell = longest_run(length_task.cell(first, second, 200, 0).tokens.numpy())
     assert cell <= length_task.longest_number <= cell + 1  # a last carry needs luck
+
+
+def test_chains_of_another_seed(chain_task: SymbolChain) -> None:
+    """They are other ones, and their batches look alike, so that both train as one program."""
+    assert chain_task.packable == {"seed"}
+    first, other = (task.build() for task in (chain_task, chain_task.with_overrides({"seed": 1})))
+    assert first.manifest["sha256"] != other.manifest["sha256"]
+    for field in ("tokens", "positions", "targets"):
+        assert getattr(first.train, field).shape[1:] == getattr(other.train, field).shape[1:]
+
+
+def test_chains_have_the_targets_that_follow(chain_task: SymbolChain) -> None:
+    end = chain_task.separator
+    for split in splits(chain_task.build()).values():
+        behind = torch.cat([split.tokens, torch.full((len(split), 1), end)], 1).gather(1, split.positions + 1)
+        assert torch.equal(behind[split.targets != IGNORE], split.targets[split.targets != IGNORE])
+        assert (split.tokens.gather(1, split.positions[:, :1]) == end).all()
+
+
+def test_questions_of_chains_are_in_one_split(chain_task: SymbolChain) -> None:
+    questions = [
+        example.question for name in chain_task.build().manifest["counts"] for example in chain_task.texts(name)
+    ]
+    assert len(set(questions)) == len(questions)
