@@ -26,16 +26,16 @@ TASKS: dict[str, Any] = {  # the same texts as those of the pruning tasks, many 
 }  # fmt: skip
 DEMO = Experiment(
     task=TASKS["ioi"]["task"],
-    model=Decoder(num_layers=4, num_heads=4, width=64),
+    model=Decoder(num_layers=6, num_heads=8, width=64),
     objective=AnswerLoss(),
     optimizer=AdamW(lr=2e-3, weight_decay=0.1, warmup_steps=50, schedule="linear"),
-    budget=Budget(steps=2_000, batch_size=128),
+    budget=Budget(steps=1_500, batch_size=128),
     evaluation=Evaluation(schedule=Every(every=100), max_examples=500),
     checkpointing=Checkpointing(schedule=Every(every=500), keep="last"),
 )
 PRESETS: dict[str, Any] = {  # what it is for, tasks, seeds, and what else differs from the demo
     "smoke": ("does everything work", ("ioi", "gendered_pronoun"), (0,), {"budget.steps": 20, "model.width": 32}),
-    "demo": ("4 layers, width 64, on 2 CPU cores", tuple(TASKS), (0,), {}),
+    "demo": ("6 layers of 8 heads, width 64, on 2 CPU cores", tuple(TASKS), (0,), {}),
     "small": ("GPT-2 small's shape, on one GPU", tuple(TASKS), (0, 1, 2), {
         "model": Decoder(num_layers=12, num_heads=12, width=768), "optimizer.lr": 3e-4,
         "scaling": Scaling(device="cuda", precision="tf32")}),

@@ -67,11 +67,12 @@ PUBLISHED = Experiment(
     evaluation=Evaluation(schedule=Every(every=64), max_examples=150),
     checkpointing=Checkpointing(schedule=Every(every=512), keep="last"),
 )  # fmt: skip
-QUICK = {"budget.steps": 1_000, "objective.warmup_steps": 800, "optimizer.warmup_steps": 100}
+MORE = {"train_size": 1_000, "validation_size": 400}  # examples cost little on a small network
+QUICK = {"budget.steps": 1_600, "objective.warmup_steps": 1_333, "optimizer.warmup_steps": 200}
 PRESETS = {
     "smoke": "does everything work",
     "demo": "two compiled programs: are their known circuits found? 2 CPU cores",
-    "networks": "our own networks (train them with circuit_networks.py), five targets, 2 CPU cores",
+    "networks": "our own networks (train them with circuit_networks.py), three targets, 2 CPU cores",
     "search": "target and rate, for few edges and a small KL at once, with --search optuna; our own network on IOI",
 } | {f"gpt2_{name}": f"the published sweep of {name} on GPT-2 in a local folder" for name in TARGETS}
 
@@ -90,8 +91,11 @@ def build(preset: str) -> Sweep:
         names = ("reverse", "xproportion") if preset == "demo" else ("xproportion",)
         axes = {"task": Axis(values=names, named=PROGRAMS)}
     elif preset == "networks":
-        named = {task: {"model": model, **TEXTS[task], **QUICK} for task, model in ours().items()}
-        axes = {"task": Axis.of_names(named), "objective.target": Axis(values=(0.9, 0.95, 0.97, 0.98, 0.99))}
+        named = {
+            task: {"model": model, **TEXTS[task], "task": TEXTS[task]["task"].with_overrides(MORE), **QUICK}
+            for task, model in ours().items()
+        }
+        axes = {"task": Axis.of_names(named), "objective.target": Axis(values=(0.94, 0.97, 0.99))}
         seed = Axis(values=(0, 1))
     elif preset == "search":
         base = base.with_overrides({"model": ours()["ioi"], **TEXTS["ioi"], **QUICK})
@@ -103,7 +107,8 @@ def build(preset: str) -> Sweep:
     return Sweep(
         "edge_pruning", base, {**axes, "seed": seed}, metric="eval/validation/kl", mode="min",
         also={"eval/validation/edge_sparsity": "max"} if preset == "search" else {},
-        report=edge_pruning_report, probes=(CircuitEvaluation(),),
+        report=edge_pruning_report,
+        probes=(CircuitEvaluation(split="validation" if preset == "networks" else "test"),),
     )  # fmt: skip
 
 

@@ -44,6 +44,8 @@ class Options:
     """runs trained as one program: a number, or auto (1 on a CPU unless the model is tiny)"""
     axis: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """PATH=V1,V2,... replaces or adds an axis of the grid (may be given several times)"""
+    stages: str | None = None
+    """of a pipeline: only these (A,B,...) and those that they start from"""
     address: str | None = None
     """Ray cluster to use (default: RAY_ADDRESS, else a local one for this sweep)"""
     storage: str | None = None
@@ -121,6 +123,8 @@ def split_dotted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def customise(sweep: Sweep, preset: str, options: Options, fields: Mapping[str, Any]) -> Sweep:
     """Apply the command line to a sweep; what it changes besides axis values becomes part of the sweep's name."""
+    if options.stages is not None:
+        sweep = dataclasses.replace(sweep, stages=_choose_stages(sweep, options.stages))
     before = _bases(sweep)
     for path, value in fields.items():
         if path in sweep.axes:
@@ -169,6 +173,19 @@ def _bases(sweep: Sweep) -> dict[str, Experiment]:
 
 def _identities(sweep: Sweep) -> dict[str, Any]:
     return {name: base.identity for name, base in _bases(sweep).items()}
+
+
+def _choose_stages(sweep: Sweep, text: str) -> tuple[Stage, ...]:
+    """Those named and, transitively, those that they start from, in order."""
+    known = {stage.name: stage for stage in sweep.stages}
+    if not known:
+        raise ConfigError("--stages: this sweep has none; leave it out")
+    wanted = text.split(",")
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"--stages {name}: {suggest(name, list(known))}")
+        wanted += [source for source, _ in known[name].sources().values() if source not in wanted]
+    return tuple(stage for stage in sweep.stages if stage.name in wanted)
 
 
 def _change_stages(sweep: Sweep, fields: Mapping[str, Any]) -> tuple[Stage, ...]:

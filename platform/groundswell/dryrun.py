@@ -14,6 +14,7 @@ from groundswell import cluster
 from groundswell.budget import Budget
 from groundswell.driver import SweepOptions, listed_runs
 from groundswell.progress import format_seconds
+from groundswell.stages import is_there, remember
 from groundswell.sweep import PlannedRun, Sweep, flops_per_step, make_packs
 
 if TYPE_CHECKING:
@@ -48,8 +49,15 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
         table.add_column(column, justify="left" if column == "runs" else "right")
     total, peak = 0.0, 0.0
     measured: dict[str, Measured] = {}
-    longest = 0.0
+    longest, untried = 0.0, 0
+    remember(options.output / sweep.name)
     for number, pack in enumerate(packs):
+        names = "\n".join(f"{run.name}  [dim]{run.run_id}[/]" for run in pack)
+        if any(not is_there(run.experiment.get(path)) for run in pack for path in run.inputs):
+            untried += 1
+            steps = f"{pack[0].experiment.budget.total:,}"
+            table.add_row(str(number), names, f"{_num_parameters(pack[0]):,}", steps, "-", "-", "-")
+            continue
         key = f"{pack[0].experiment.pack_key()}*{len(pack)}"
         if key not in measured:
             measured[key] = _measure(pack)
@@ -61,7 +69,7 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
         peak = max(peak, memory)
         table.add_row(
             str(number),
-            "\n".join(f"{run.name}  [dim]{run.run_id}[/]" for run in pack),
+            names,
             f"{_num_parameters(pack[0]):,}",
             f"{'' if budget.seconds is None else 'about '}{steps:,}",
             f"{1e3 * seconds:.1f}",
@@ -76,6 +84,8 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
         soft_wrap=True,
         highlight=False,
     )
+    if untried:
+        console.print(f"{untried} packs start from runs that are not trained yet; they are not in the estimate")
     if options.search == "optuna":
         console.print(f"Optuna chooses the settings as it learns; the {options.num_samples} above are a random example")
     return 0

@@ -4,9 +4,12 @@ import dataclasses
 import json
 
 import pytest
+from rich.console import Console
 
 from groundswell import ConfigError, stages
 from groundswell.cli import Options, customise
+from groundswell.driver import SweepOptions
+from groundswell.dryrun import dry_run
 from groundswell.search import InOrder, ListedPacks, OptunaPacks
 from groundswell.stages import Stage, check_stages, is_there, reference, referred_run, remember, resolve
 from groundswell.sweep import Axis, make_packs, unique_runs
@@ -159,6 +162,26 @@ def test_a_field_of_one_stage(tiny):
     runs = by_stage(dataclasses.replace(sweep, axes={"seed": Axis(values=(0,))}).runs({}))
     assert runs["left"].experiment.optimizer.lr == 0.5
     assert {name for name, run in runs.items() if run.experiment.budget.steps == 9} == {"left"}
+
+
+def test_chosen_stages_bring_those_they_start_from(tiny):
+    sweep = customise(pipeline(tiny), "demo", Options(stages="last"), {})
+    assert [stage.name for stage in sweep.stages] == ["first", "left", "last"]
+    assert sweep.name == "pipeline-demo"
+    with pytest.raises(ConfigError, match="--stages lst: .*last"):
+        customise(pipeline(tiny), "demo", Options(stages="lst"), {})
+    with pytest.raises(ConfigError, match="this sweep has none"):
+        customise(dataclasses.replace(pipeline(tiny), stages=()), "demo", Options(stages="last"), {})
+
+
+def test_a_dry_run_lists_what_it_cannot_try_yet(tiny, tmp_path):
+    console = Console(record=True, width=160)
+    sweep = dataclasses.replace(pipeline(tiny), stages=pipeline(tiny).stages[:2])
+    assert dry_run(sweep, SweepOptions(output=tmp_path), console) == 0
+    text = console.export_text()
+    assert "stage=left" in text
+    assert "1 packs start from runs that are not trained yet" in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_fields_the_name_is_plain(tiny):

@@ -95,12 +95,9 @@ def test_optuna_looks_at_the_last_stage(sweep, tmp_path):
     folder = SweepFolder(tmp_path / "results" / "pipeline-quick-optuna")
     with sqlite3.connect(folder.path / "study.db") as connection:
         values = pd.read_sql("select value from trial_values", connection).value.tolist()
-    last = [
-        run.journal()[-1]["metrics"]["eval/test/accuracy"]
-        for (stage, _), run in runs_of(folder).items()
-        if stage == "last"
-    ]
-    assert sorted(set(values)) == sorted(set(last))
+    last = [run for run in folder.runs() if run.description()["axes"]["stage"] == "last"]
+    found = [run.journal()[-1]["metrics"]["eval/test/accuracy"] for run in last]
+    assert sorted(set(values)) == sorted(set(found))
 
 
 @pytest.mark.slow
