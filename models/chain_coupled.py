@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from groundswell import stages
 from groundswell.config import ConfigError
 from groundswell.protocols import Parameters, ParameterSpec
 from models import chain_student
@@ -67,8 +68,9 @@ class CoupledStudent(ChainModel):
             field = f"{part}_folder"
             folder = getattr(self, field)
             if folder:
-                self._check_part(part, Path(folder), f"model.{field} ({folder})")
-                reader = open_weights(Path(folder), specs, field)
+                place = stages.resolve(folder)
+                self._check_part(part, place, f"model.{field} ({folder})")
+                reader = open_weights(place, specs, field)
                 sources |= {f"{part}.{spec.name}": (spec.name, reader) for spec in specs}
         return Start(self.parameters(vocab_size, max_length), sources) if sources else None
 

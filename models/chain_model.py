@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from groundswell import stages
 from groundswell.config import CLASS_KEY, ConfigError, import_path
 from groundswell.protocols import Model, Parameters, ParameterSpec, Task
 from models import chain_original, huggingface
@@ -55,22 +55,17 @@ def open_weights(folder: Path, specs: Sequence[ParameterSpec], field: str) -> Na
 
 
 class Start:
-    """Initial weights: from folders where they have them, else drawn by the specs, each tensor by its name alone."""
+    """Initial weights: from folders where they have them, else drawn by the specs."""
 
     def __init__(self, specs: Sequence[ParameterSpec], sources: Mapping[str, tuple[str, NamedWeights]]) -> None:
         """`sources`: name of a tensor -> its name in a folder, the folder's tensors."""
-        self._specs, self._sources = {spec.name: spec for spec in specs}, sources
+        self._sizes, self._sources = {spec.name: spec.shape[0] for spec in specs}, sources
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        spec = self._specs[name]
-        wanted = slice(*rows.indices(spec.shape[0])[:2])
-        if name in self._sources:
-            stored, reader = self._sources[name]
-            return reader.read(stored, wanted)
-        if spec.init_std is None:
-            return torch.full(spec.shape, spec.init_value)[wanted]
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
-        return torch.empty(spec.shape).normal_(spec.init_value, spec.init_std, generator=generator)[wanted]
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor | None:
+        if name not in self._sources:
+            return None
+        stored, reader = self._sources[name]
+        return reader.read(stored, slice(*rows.indices(self._sizes[name])[:2]))  # the folder may have more positions
 
 
 def linear_specs(name: str, num_inputs: int, num_outputs: int) -> list[ParameterSpec]:
@@ -192,7 +187,7 @@ def check_decoder(
 
 def decoder_start(folder: str, decoder: Decoder, specs: Sequence[ParameterSpec]) -> dict[str, tuple[str, NamedWeights]]:
     """Sources of `Start` for the decoder's tensors. Raises ConfigError for a folder of another network."""
-    path = Path(folder)
+    path = stages.resolve(folder)
     if not path.exists():
         raise ConfigError(f"model.start: {folder} does not exist; give the folder of a GPT-2, or leave it out")
     check_decoder(read_outline(path).decoder, decoder, f"model.start ({folder})")
@@ -232,7 +227,7 @@ class TaughtModel(ChainModel):
 
     def check(self, task: Task) -> None:
         super().check(task)
-        if not self.teacher or not Path(self.teacher).exists():
+        if not self.teacher or not stages.is_there(self.teacher):
             return  # an earlier stage or another machine has it; a run fails for want of it
         outline = teacher_outline(self.teacher)
         self._check_teacher(outline)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from groundswell import stages
 from groundswell.config import ConfigError
 from groundswell.protocols import Parameters
 from models import chain_original, huggingface
@@ -150,24 +151,26 @@ def teacher_in(path: str, device: torch.device) -> Teacher:
     """The network in a folder on a device; one copy serves all models of this process. Raises ConfigError."""
     if not path:
         raise ConfigError("model.teacher: no folder is given; set it to a checkpoint of the teacher")
-    if not Path(path).exists():
+    folder = stages.resolve(path)
+    if not folder.exists():
         raise ConfigError(f"model.teacher: {path} does not exist; give a checkpoint folder of the trained teacher")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return _load(path, changed(Path(path)), str(device))
+    return _load(folder, changed(folder), str(device))
 
 
 @functools.lru_cache(maxsize=4)
-def _load(path: str, changed_ns: int, device: str) -> Teacher:
-    outline = read_outline(Path(path))
-    parameters = _read_parameters(Path(path), outline)
+def _load(folder: Path, changed_ns: int, device: str) -> Teacher:
+    outline = read_outline(folder)
+    parameters = _read_parameters(folder, outline)
     return Teacher(outline.decoder, {name: tensor[None].to(device) for name, tensor in parameters.items()})
 
 
 @functools.lru_cache(maxsize=64)
-def _outline(path: str, changed_ns: int) -> Outline:
-    return read_outline(Path(path))
+def _outline(folder: Path, changed_ns: int) -> Outline:
+    return read_outline(folder)
 
 
 def teacher_outline(path: str) -> Outline:
-    return _outline(path, changed(Path(path)))
+    folder = stages.resolve(path)
+    return _outline(folder, changed(folder))

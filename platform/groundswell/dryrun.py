@@ -55,8 +55,8 @@ def dry_run(sweep: Sweep, options: SweepOptions, console: Console) -> int:
         names = "\n".join(f"{run.name}  [dim]{run.run_id}[/]" for run in pack)
         if any(not is_there(run.experiment.get(path)) for run in pack for path in run.inputs):
             untried += 1
-            steps = f"{pack[0].experiment.budget.total:,}"
-            table.add_row(str(number), names, f"{_num_parameters(pack[0]):,}", steps, "-", "-", "-")
+            planned = f"{pack[0].experiment.budget.total:,}"
+            table.add_row(str(number), names, f"{_num_parameters(pack[0]):,}", planned, "-", "-", "-")
             continue
         key = f"{pack[0].experiment.pack_key()}*{len(pack)}"
         if key not in measured:

@@ -149,8 +149,8 @@ class Network(Protocol):
 class WeightReader(Protocol):
     """Tensors of a folder, read one at a time or in parts, so that no process ever holds them all."""
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """`rows` of dimension 0 of the tensor with this spec name, float32 (float64 stays)."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor | None:
+        """`rows` of dimension 0 of the tensor with this spec name, float32 (float64 stays); None: it is drawn."""
         ...
 
 

@@ -273,10 +273,7 @@ def test_one_checkpoint_alone_and_the_rest_drawn(teacher, tmp_path):
     golden.student(teacher).save_folder(dict(golden.tensors("student")), tmp_path, VOCABULARY)
     start = golden.coupled(1, student_folder=str(tmp_path)).initial_weights(122, 160)
     assert torch.equal(start.read("student.mlps.1.0.weight"), golden.tensors("student")["mlps.1.0.weight"])
-    drawn = start.read("emulator.rnn.weight_ih_l0")
-    assert torch.equal(drawn[3:9], start.read("emulator.rnn.weight_ih_l0", slice(3, 9)))
-    assert float(drawn.std()) == pytest.approx(1 / math.sqrt(3 * 16), rel=0.1)
-    assert not torch.equal(drawn, start.read("emulator.rnn.weight_hh_l0"))
+    assert start.read("emulator.rnn.weight_ih_l0") is None
 
 
 def test_a_student_starts_from_a_gpt2(teacher, tmp_path):

@@ -175,7 +175,8 @@ def fill_tensor(parameter: Tensor, spec: ParameterSpec, source: torch.Generator,
         parameter.copy_(initial_tensor(spec, source, reader))
         return
     local, rows = parameter.to_local(), local_rows(parameter)
-    local.copy_(reader.read(spec.name, rows) if reader is not None else initial_tensor(spec, source)[rows])
+    found = None if reader is None else reader.read(spec.name, rows)
+    local.copy_(initial_tensor(spec, source)[rows] if found is None else found)
 
 
 def local_rows(parameter: DTensor) -> slice:

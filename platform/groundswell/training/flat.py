@@ -110,8 +110,8 @@ def initial_row(
 
 def initial_tensor(spec: ParameterSpec, generator: torch.Generator, reader: WeightReader | None = None) -> Tensor:
     """A tensor's initial values [*shape]. All specs must be drawn in order, even by who keeps only a part of each."""
-    if reader is not None:
-        return reader.read(spec.name)
+    if reader is not None and (found := reader.read(spec.name)) is not None:
+        return found
     if spec.init_std is None:
         return torch.full(spec.shape, spec.init_value)
     return torch.empty(spec.shape).normal_(spec.init_value, spec.init_std, generator=generator)
