@@ -138,11 +138,19 @@ class Decoder(Model):
     # ---- forward pieces ----
 
     def embed(
-        self, parameters: Parameters, tokens: Tensor, generators: Generators | None = None, start: int = 0
+        self,
+        parameters: Parameters,
+        tokens: Tensor,
+        generators: Generators | None = None,
+        start: int = 0,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """tokens [K, B, T], the first at position `start` -> residual stream before the first block [K, B, T, d]."""
+        """tokens [K, B, T], the first at position `start` -> residual stream before the first block [K, B, T, d].
+        `places` [K, B, T]: positions of a learned table, where they do not follow each other."""
         x = embed(parameters[WTE], tokens)
-        if self.position_encoding == "absolute":
+        if places is not None:
+            x = x + embed(parameters[WPE], places)
+        elif self.position_encoding == "absolute":
             positions = parameters[WPE]
             length = tokens.shape[-1]
             if length < positions.shape[1]:
@@ -276,9 +284,11 @@ class Decoder(Model):
         tokens: Tensor,
         positions: Tensor,
         generators: Sequence[torch.Generator] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V]. Last block and head see answers only."""
-        x = self.embed(parameters, tokens, generators)
+        """tokens [K, B, T], positions [K, B, A] -> logits [K, B, A, V]. Last block and head see answers only.
+        `places` as for `embed`."""
+        x = self.embed(parameters, tokens, generators, places=places)
         last = self.num_effective_layers - 1
         for layer in range(last + 1):
             x = self.before_block(parameters, layer, x)

@@ -39,12 +39,19 @@ class DecoderNetwork(nn.Module):
         for spec in specs:
             place(self, spec)
 
-    def forward(self, tokens: Tensor, positions: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """tokens [B, T], positions [B, A] -> logits [B, A, V]. The last block and the head see answers only."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        generator: torch.Generator | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [B, T], positions [B, A] -> logits [B, A, V]. The last block and the head see answers only.
+        `places` [1, B, T] as for `Decoder.embed`."""
         decoder = self.decoder
         parameters = {name: self.get_parameter(name).unsqueeze(0) for name in self._own}
         generators = None if generator is None else [generator]
-        x = decoder.embed(parameters, tokens.unsqueeze(0), generators)
+        x = decoder.embed(parameters, tokens.unsqueeze(0), generators, places=places)
         blocks = cast(nn.ModuleList, self.transformer.h)
         last = decoder.num_effective_layers - 1
         for layer in range(last + 1):

@@ -41,6 +41,9 @@ class StepwiseInternalization(Objective):
         4.0, gt=0, description="lambda of P(o) ~ exp(-lambda o), o more tokens are removed from a row; none: never more"
     )
     side: Side = Field("left", description="where tokens are taken from; the paper finds right worse")
+    keep_positions: bool = Field(
+        False, description="what follows the gap stays at its places in the position table (learned tables only)"
+    )
     reset_optimizer: bool = Field(True, description="forget Adam's moments whenever one more token goes")
 
     def check(self, experiment: Experiment) -> None:
@@ -49,6 +52,11 @@ class StepwiseInternalization(Objective):
             raise ValueError(
                 "objective StepwiseInternalization: the task must give whole chains; use a chain-of-thought task with "
                 "task.form=explicit"
+            )
+        if self.keep_positions and getattr(experiment.model, "position_encoding", None) != "absolute":
+            raise ValueError(
+                "objective.keep_positions: needs a Decoder with a learned position table; set "
+                "model.position_encoding=absolute, or leave it out"
             )
         if self.reset_optimizer and experiment.scaling.strategy == "deepspeed":
             raise ValueError(
@@ -90,20 +98,22 @@ class StepwiseInternalization(Objective):
         removed = (scheduled or self._nothing(batch))["removed"].long()[:, None].expand(batch.tokens.shape[:2])
         if generators is not None and self.smoothing is not None:
             removed = removed + _offsets(removed.shape[1], self.smoothing, generators)
-        shorter, gone = without_chain(batch, removed, self.side)
-        logits = model.answer_logits(
-            parameters, shorter.tokens, shorter.positions, generators if model.stochastic else None
-        )
+        shorter, gone, places = without_chain(batch, removed, self.side)
+        source = generators if model.stochastic else None
+        logits = model.answer_logits(parameters, shorter.tokens, shorter.positions, source, **self._options(places))
         sums, metrics = answer_losses(logits, shorter, answer)
         return sums / (shorter.targets != IGNORE).sum((1, 2)).clamp(min=1), metrics | {"removed": gone.float().mean(1)}
+
+    def _options(self, places: Tensor) -> dict[str, Tensor]:
+        return {"places": places} if self.keep_positions else {}
 
     def _nothing(self, batch: Split) -> dict[str, Tensor]:
         return {"removed": torch.zeros(len(batch.tokens), device=batch.tokens.device)}
 
     def evaluate(self, model: Model, parameters: Parameters, batch: Split, answer: Answer) -> dict[str, Tensor]:
         removed = torch.full(batch.tokens.shape[:2], ALL, device=batch.tokens.device)
-        shorter, _ = without_chain(batch, removed, self.side)
-        logits = model.answer_logits(parameters, shorter.tokens, shorter.positions)
+        shorter, _, places = without_chain(batch, removed, self.side)
+        logits = model.answer_logits(parameters, shorter.tokens, shorter.positions, **self._options(places))
         counted = shorter.targets != IGNORE
         right = (logits.argmax(-1) == shorter.targets) | ~counted
         columns = answer.columns
@@ -114,11 +124,12 @@ class StepwiseInternalization(Objective):
         }
 
 
-def without_chain(batch: Split, removed: Tensor, side: Side) -> tuple[Split, Tensor]:
+def without_chain(batch: Split, removed: Tensor, side: Side) -> tuple[Split, Tensor, Tensor]:
     """Rows without `removed` [K, B] tokens of their chains, at most all of them; the second separator stays.
 
     Batch: the form `explicit` of a chain-of-thought task, whose answer columns come first and whose first position is
-    the second separator. Returns rows [K, B, T'], no longer than needed on a CPU, and how many tokens went [K, B].
+    the second separator. Returns rows [K, B, T'], no longer than needed on a CPU, how many tokens went [K, B], and where
+    each token stood before [K, B, T'].
     """
     tokens, positions = batch.tokens, batch.positions
     second = positions[..., 0]  # [K, B]
@@ -130,13 +141,14 @@ def without_chain(batch: Split, removed: Tensor, side: Side) -> tuple[Split, Ten
     length = tokens.shape[-1]
     places = torch.arange(length - shortest, device=tokens.device)
     source = places + torch.where(places > start.unsqueeze(-1), removed.unsqueeze(-1), 0)
-    shorter = tokens.gather(-1, source.clamp(max=length - 1))
+    source = source.clamp(max=length - 1)
+    shorter = tokens.gather(-1, source)
     # a target at p + 1 is predicted from p; it is gone where p + 1 lies in the gap
     gap_start, gap_end = start.unsqueeze(-1), (start + removed).unsqueeze(-1)
     in_gap = (positions >= gap_start) & (positions < gap_end)
     moved = torch.where(positions >= gap_end, positions - removed.unsqueeze(-1), positions)
     targets = torch.where(in_gap, IGNORE, batch.targets)
-    return Split(shorter, torch.where(in_gap, 0, moved), targets), removed
+    return Split(shorter, torch.where(in_gap, 0, moved), targets), removed, source
 
 
 def _offsets(count: int, rate: float, generators: Sequence[torch.Generator]) -> Tensor:

@@ -46,7 +46,7 @@ example = st.tuples(tokens_of, st.lists(st.integers(0, 8), max_size=5), tokens_o
 @given(st.lists(st.tuples(example, st.integers(0, 7)), min_size=1, max_size=4), st.sampled_from(["left", "right"]))
 def test_a_shorter_row_is_that_of_the_shorter_chain(rows, side):
     removed = torch.tensor([[number for _, number in rows]])
-    shorter, gone = without_chain(batch_of([e for e, _ in rows]), removed, side)
+    shorter, gone, _ = without_chain(batch_of([e for e, _ in rows]), removed, side)
     for index, ((question, chain, answer), number) in enumerate(rows):
         kept = chain[number:] if side == "left" else chain[: max(0, len(chain) - number)]
         assert predictions(shorter, index) == predictions(batch_of([(question, kept, answer)]), 0)
@@ -55,16 +55,25 @@ def test_a_shorter_row_is_that_of_the_shorter_chain(rows, side):
 
 def test_rows_get_no_longer_than_needed():
     batch = batch_of([([1, 2], [3, 4, 5], [6])] * 2)
-    shorter, _ = without_chain(batch, torch.tensor([[2, 3]]), "left")
+    shorter, _, _ = without_chain(batch, torch.tensor([[2, 3]]), "left")
     assert shorter.tokens.shape[-1] == batch.tokens.shape[-1] - 2
 
 
 def test_runs_of_a_pack_lose_different_numbers():
     one = batch_of([([1, 2], [3, 4, 5], [6])])
     two = Split(*(t.expand(2, -1, -1) for t in (one.tokens, one.positions, one.targets)))
-    shorter, _ = without_chain(two, torch.tensor([[0], [3]]), "left")
+    shorter, _, _ = without_chain(two, torch.tensor([[0], [3]]), "left")
     assert shorter.tokens[0, 0].tolist() == [1, 2, E, 3, 4, 5, E, 6]
     assert shorter.tokens[1, 0, :5].tolist() == [1, 2, E, E, 6]
+
+
+@given(st.lists(st.tuples(example, st.integers(0, 7)), min_size=1, max_size=4), st.sampled_from(["left", "right"]))
+def test_tokens_know_where_they_stood(rows, side):
+    batch = batch_of([e for e, _ in rows])
+    shorter, gone, places = without_chain(batch, torch.tensor([[number for _, number in rows]]), side)
+    assert torch.equal(batch.tokens.gather(-1, places), shorter.tokens)
+    ends = (places.diff(dim=-1) - 1).clamp(min=0).amax(-1)
+    assert torch.equal(ends, gone)
 
 
 def test_offsets_have_the_papers_distribution():
@@ -103,7 +112,7 @@ def test_no_chain_left_is_the_short_text_with_both_separators(experiment):
     data = pack_of(experiment).members[0].dataset
     split = data.evaluation["test"]
     every = torch.full((1, len(split)), ALL)
-    shorter, _ = without_chain(split.select((None, slice(None))), every, "left")
+    shorter, _, _ = without_chain(split.select((None, slice(None))), every, "left")
     task = experiment.task
     read = shorter.tokens[0, 0].tolist()
     first = read.index(task.separator)
@@ -169,6 +178,23 @@ def test_the_optimizer_begins_anew_with_each_removal(experiment):
 def test_other_forms_are_refused(experiment):
     with pytest.raises(ConfigError, match="task.form=explicit"):
         experiment.with_overrides({"task.form": "none"})
+
+
+def test_kept_positions_read_the_table_where_tokens_stood(experiment):
+    """Where nothing is removed they change nothing; a row without its chain is not the one that moved up."""
+    kept = experiment.with_overrides({"objective.keep_positions": True, "objective.smoothing": None})
+    plain = experiment.with_overrides({"objective.smoothing": None})
+    packs = [pack_of(one) for one in (kept, plain)]
+    for pack in packs:
+        pack.train(5)
+    assert torch.equal(packs[0].parameters.flat, packs[1].parameters.flat)
+    results = [pack.evaluate()[0]["eval/test/answer_loss"] for pack in packs]
+    assert results[0] != pytest.approx(results[1])
+
+
+def test_kept_positions_need_a_table(experiment):
+    with pytest.raises(ConfigError, match="position_encoding=absolute"):
+        experiment.with_overrides({"objective.keep_positions": True, "model.position_encoding": "null"})
 
 
 def test_deepspeed_cannot_begin_anew(experiment):
