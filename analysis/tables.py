@@ -26,4 +26,7 @@ def settings_of(results: Results) -> list[tuple[tuple, pd.DataFrame]]:
     axes = results.setting_axes
     if not axes:
         return [((), results.runs)]
-    return [(key if isinstance(key, tuple) else (key,), runs) for key, runs in results.runs.groupby(axes, sort=False)]
+    return [
+        (key if isinstance(key, tuple) else (key,), runs)
+        for key, runs in results.runs.groupby(axes, sort=False, dropna=False)
+    ]

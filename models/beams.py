@@ -1,5 +1,6 @@
 """Beam search, as Hugging Face's with early_stopping=False and length_penalty=1: a row's score is the mean
-log-probability of its new tokens.
+log-probability of its new tokens. (Where a row has two separators the published code compares sums over equally long
+rows, filled up with separators at no cost; here a row ends with its second one.)
 
 Shapes: B rows, W beams, N new tokens, V vocabulary.
 """

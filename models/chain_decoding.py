@@ -28,19 +28,20 @@ class Prompts(NamedTuple):
 
     tokens: Tensor  # [B, P], right-padded with any token
     lengths: Tensor  # [B]
+    gaps: Tensor | None = None  # [B] rows of a learned position table that are passed over behind the prompt
 
 
 class Ending(NamedTuple):
-    """A row ends with separator number `count`, or when it has `limit` new tokens (`count` None: then alone)."""
+    """A row ends with its `number`-th separator, or when it has `limit` new tokens (`number` None: then alone)."""
 
     separator: int
-    count: int | None
+    number: int | None
     limit: Tensor  # [B], 1 or more
 
     @property
     def needed(self) -> int:
         """Separators; more than there can be where they end nothing."""
-        return int(self.limit.max()) + 1 if self.count is None else self.count
+        return int(self.limit.max()) + 1 if self.number is None else self.number
 
 
 class Decoded(NamedTuple):
@@ -64,6 +65,7 @@ class Stream:
         each block; it lives on in the keys and values."""
         self.decoder, self.parameters, self._prompts, self._states = decoder, parameters, prompts, states
         self._places = prompts.lengths[None]  # [1, B] of the next token
+        self._gaps = 0 if prompts.gaps is None else prompts.gaps[None, :, None]
         self._end = prompts.tokens.shape[1]  # no place is beyond
         self._kept: list[Tensor] = []  # keys and values of each layer [1, B, capacity, 2d]
 
@@ -106,13 +108,14 @@ class Stream:
     def select(self, rows: Tensor) -> None:
         """Go on from these rows [B'] instead."""
         self._places = self._places[:, rows]
+        self._gaps = self._gaps if isinstance(self._gaps, int) else self._gaps[:, rows]
         self._kept = [kept[:, rows] for kept in self._kept]
 
     def _embed(self, tokens: Tensor, at: Tensor) -> Tensor:
         x = embed(self.parameters[WTE], tokens)
         table = self.parameters.get(WPE)
         # rows that have ended may be beyond the table
-        return x if table is None else x + embed(table, at.clamp(max=table.shape[1] - 1))
+        return x if table is None else x + embed(table, (at + self._gaps).clamp(max=table.shape[1] - 1))
 
     def _query_key_value(self, layer: int, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Of one token of each row, at places [1, B, 1]."""
@@ -144,7 +147,7 @@ def within_table(parameters: Parameters, prompts: Prompts, limit: Tensor) -> Ten
     table = parameters.get(WPE)
     if table is None:
         return limit
-    room = table.shape[1] - prompts.lengths + 1
+    room = table.shape[1] - prompts.lengths - (0 if prompts.gaps is None else prompts.gaps) + 1
     if bool((room < 1).any()):
         raise ConfigError(
             f"a question of {int(prompts.lengths.max())} tokens is longer than the {table.shape[1]} positions of the "
@@ -181,7 +184,7 @@ def decode_anyhow(model: Model, parameters: Parameters, prompts: Prompts, ending
     limits = ending.limit.tolist()
     new: list[list[int]] = [[] for _ in limits]
     old = [row[:length] for row, length in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)]
-    for number in range(ending.count or 1):
+    for number in range(ending.number or 1):
         groups: dict[int, list[int]] = {}
         for row, (before, after) in enumerate(zip(old, new, strict=True)):
             if after.count(separator) >= number and len(after) < limits[row]:
@@ -189,7 +192,7 @@ def decode_anyhow(model: Model, parameters: Parameters, prompts: Prompts, ending
         for rows in groups.values():
             tokens = torch.tensor([old[row] + new[row] for row in rows], device=device)
             most = max(limits[row] - len(new[row]) for row in rows)
-            stop = None if ending.count is None else separator
+            stop = None if ending.number is None else separator
             found = model.generate(parameters, tokens[None], most, stop)[0].tolist()
             for row, line in zip(rows, found, strict=True):
                 end = line.index(separator) + 1 if stop is not None and separator in line else len(line)

@@ -7,7 +7,7 @@ Shapes: K runs, B rows, T tokens, A answer columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -104,7 +104,7 @@ class StepwiseInternalization(Objective):
         sums, metrics = answer_losses(logits, shorter, answer)
         return sums / (shorter.targets != IGNORE).sum((1, 2)).clamp(min=1), metrics | {"removed": gone.float().mean(1)}
 
-    def _options(self, places: Tensor) -> dict[str, Tensor]:
+    def _options(self, places: Tensor) -> dict[str, Any]:
         return {"places": places} if self.keep_positions else {}
 
     def _nothing(self, batch: Split) -> dict[str, Tensor]:
@@ -128,8 +128,8 @@ def without_chain(batch: Split, removed: Tensor, side: Side) -> tuple[Split, Ten
     """Rows without `removed` [K, B] tokens of their chains, at most all of them; the second separator stays.
 
     Batch: the form `explicit` of a chain-of-thought task, whose answer columns come first and whose first position is
-    the second separator. Returns rows [K, B, T'], no longer than needed on a CPU, how many tokens went [K, B], and where
-    each token stood before [K, B, T'].
+    the second separator. Returns rows [K, B, T'], no longer than needed on a CPU, how many tokens went [K, B], and
+    where each token stood before [K, B, T'].
     """
     tokens, positions = batch.tokens, batch.positions
     second = positions[..., 0]  # [K, B]

@@ -31,6 +31,7 @@ ELSEWHERE = {  # commands of modules that are imported only when they are called
     "arithmetic": ("tasks.arithmetic_text", "Write arithmetic problems as files, and tokenise folders of them."),
     "tracr": ("models.tracr_command", "Compile a RASP program into a network whose circuit is known."),
     "score": ("analysis.scoring", "Score answers that are files already (all_items.json), ours or the original's."),
+    "answers": ("analysis.answer_files", "Score files of answers: JSONL, or the published caches of GPT-4's."),
     "circuit": ("analysis.circuit_commands", "Evaluate, intersect, compare, draw and export circuits of edges."),
     "in-context": ("analysis.in_context", "Compare with language models that read the facts: write, ask, score."),
 }
