@@ -20,6 +20,7 @@ from models.chain_student import MindReadingStudent
 from models.decoder import Decoder
 from models.objectives import AnswerLoss
 from models.stepwise import StepwiseInternalization
+from models.transformers_model import TransformersModel
 from tasks.chain_files import ChainFiles
 from tasks.chain_of_thought import ChainOfThought
 from tasks.multiplication_chain import MultiplicationChain
@@ -33,7 +34,7 @@ PRESETS = {
     "multiplication": "4 x 4 digits, 12 layers, one GPU",
     "gsm8k": "GSM8K in the folder data/gsm8k, from GPT-2 in a local folder; one GPU",
 }
-GPU = Scaling(device="cuda", precision="tf32")
+GPT2 = "networks/gpt2"  # a Hugging Face folder
 DEMO = Experiment(
     task=RunningSums(length=6, base=4),
     model=Decoder(num_layers=7, num_heads=4, width=64, init_std=0.125),  # 1 / sqrt(width): 0.02 waits on a plateau
@@ -45,29 +46,40 @@ DEMO = Experiment(
 )
 PUBLISHED: dict[str, Any] = {  # of all stages; the published runs have no warm-up and decay everything
     "optimizer": AdamW(lr=5e-5, weight_decay=0.01, decay_all=True), "budget.batch_size": 32,
-    "evaluation.schedule": Every(every=2_000), "checkpointing.schedule": Every(every=2_000), "scaling": GPU,
+    "evaluation.schedule": Every(every=2_000), "checkpointing.schedule": Every(every=2_000),
+    "scaling": Scaling(device="cuda", precision="tf32"), "model": Decoder(num_layers=12, num_heads=12, width=768),
 }  # fmt: skip
-SIZES: dict[str, dict[str, dict[str, Any]]] = {  # preset -> stage (or "all") -> what differs from the demo
-    "smoke": {"all": {"budget.steps": 40, "evaluation.schedule": Every(every=20), "checkpointing.schedule":
-                      Every(every=20), "model.num_layers": 3, "model.width": 32}},
-    "demo": {},
-    "search": {"all": {"task": MultiplicationChain(digits=2, train_size=7_000, validation_size=250, test_size=250)}},
-    "multiplication": {
-        "all": {**PUBLISHED, "task": MultiplicationChain(train_size=808_000), "budget.steps": 100_000,
-                "model": Decoder(num_layers=12, num_heads=12, width=768)},
-        "explicit": {"budget.steps": 25_250}, "coupled": {"optimizer.lr": 5e-5},
-        # as in arXiv 2405.14838: 8 tokens an epoch of 25,250 updates
-        "stepwise": {"objective.remove_every": 3_156, "budget.steps": 400_000}, "no_chain": {"budget.steps": 400_000}},
-    "gsm8k": {"all": {**PUBLISHED, "task": ChainFiles(path="data/gsm8k", tokenizer="networks/gpt2"),
-                      "budget.steps": 180_000, "model": Decoder(num_layers=12, num_heads=12, width=768)},
-              "stepwise": {"objective.remove_every": 3_000, "objective.remove_all_from": 39, "budget.steps": 180_000},
-              "no_chain": {"budget.steps": 180_000},
-              "emulator": {"model.mixture_size": "vocabulary", "objective.mixture_weight": 1.0},
-              "coupled": {"model.mixture_size": "vocabulary", "optimizer.lr": 5e-5}},
-}  # fmt: skip
+Sizes = dict[str, dict[str, Any]]  # stage, or "all" -> what differs from the demo
 
 
-def stages(base: Experiment, sizes: dict[str, dict[str, Any]]) -> tuple[Stage, ...]:
+def sizes_of(preset: str) -> Sizes:
+    if preset == "smoke":
+        small = {"budget.steps": 20, "model.num_layers": 3, "model.width": 32}
+        return {"all": {**small, **dict.fromkeys(("evaluation.schedule", "checkpointing.schedule"), Every(every=10))}}
+    if preset == "search":
+        return {"all": {"task": MultiplicationChain(digits=2, train_size=7_000, validation_size=250, test_size=250)}}
+    if preset == "multiplication":  # stepwise as in arXiv 2405.14838: 8 tokens an epoch of 25,250 updates
+        return {
+            "all": {**PUBLISHED, "task": MultiplicationChain(train_size=808_000), "budget.steps": 100_000},
+            "explicit": {"budget.steps": 25_250}, "coupled": {"optimizer.lr": 5e-5},
+            "no_chain": {"budget.steps": 400_000},
+            "stepwise": {"objective.remove_every": 3_156, "budget.steps": 400_000},
+        }  # fmt: skip
+    if preset == "gsm8k":
+        gpt2, start = {"model": TransformersModel(path=GPT2)}, {"model.start": GPT2}
+        mixture = {"model.mixture_size": "vocabulary"}
+        return {
+            "all": {**PUBLISHED, "task": ChainFiles.from_dict({"path": "data/gsm8k", "tokenizer": GPT2}), "budget.steps": 180_000},
+            "explicit": gpt2, "no_chain": {**gpt2, "budget.steps": 180_000},
+            "stepwise": {**gpt2, "objective.remove_every": 3_000, "objective.remove_all_from": 39,
+                         "objective.keep_positions": False, "budget.steps": 180_000},
+            "student": start, "emulator": {**start, **mixture, "objective.mixture_weight": 1.0},
+            "coupled": {**mixture, "optimizer.lr": 5e-5},
+        }  # fmt: skip
+    return {}
+
+
+def stages(base: Experiment, sizes: Sizes) -> tuple[Stage, ...]:
     """What each stage changes in the base, the explicit chain. A chain of its length gets all updates of a whole run
     for each of its tokens but the last; no chain as many as that."""
     decoder, task, steps = base.model, base.task, base.budget.total
@@ -93,7 +105,7 @@ def stages(base: Experiment, sizes: dict[str, dict[str, Any]]) -> tuple[Stage, .
 
 
 def build(preset: str) -> Sweep:
-    sizes = SIZES[preset]
+    sizes = sizes_of(preset)
     base = DEMO.with_overrides(sizes.get("all", {}))
     axes = {"seed": Axis(values=(0, 1))}
     if preset == "search":

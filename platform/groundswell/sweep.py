@@ -289,8 +289,18 @@ def make_packs(
     for group in groups.values():
         size = pack_size(group[0].experiment, len(group), num_workers, on_gpu, pack)
         packs += [group[start : start + size] for start in range(0, len(group), size)]
-    # The costliest first, so that no long pack is left for the end.
-    return sorted(packs, key=lambda members: -cost(members))
+    # The costliest first, with what can start only after it, so that no long work is left for the end.
+    after = _cost_after(runs)
+    return sorted(packs, key=lambda members: -cost(members) - max(after.get(run.run_id, 0.0) for run in members))
+
+
+def _cost_after(runs: Sequence[PlannedRun]) -> dict[str, float]:
+    """Run id -> cost of the longest chain of runs that start from it, one after the other."""
+    after: dict[str, float] = {}
+    for run in reversed(runs):  # stages come after those that they start from
+        for source in run.inputs.values():
+            after[source] = max(after.get(source, 0.0), _cost(run.experiment) + after.get(run.run_id, 0.0))
+    return after
 
 
 def cost(runs: Sequence[PlannedRun]) -> float:

@@ -90,6 +90,14 @@ def test_runs_of_different_stages_are_packed_apart(tiny):
     assert all(len({run.axes["stage"] for run in pack}) == 1 for pack in packs)
 
 
+def test_what_others_wait_for_comes_first(tiny):
+    sweep = pipeline(tiny)
+    lonely = Stage("lonely", {"budget.steps": 70})
+    runs = dataclasses.replace(sweep, stages=(lonely, *sweep.stages)).runs({"optimizer.lr": 1e-3})
+    packs = make_packs(runs, 2, False, 1)
+    assert [pack[0].axes["stage"] for pack in packs[:2]] == ["first", "lonely"]
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
