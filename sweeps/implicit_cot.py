@@ -29,15 +29,15 @@ from tasks.running_sums import RunningSums
 BEST = "eval/validation/accuracy"
 PRESETS = {
     "smoke": "does everything work",
-    "demo": "sums of six base-4 digits, 7 layers, 2 CPU cores",
+    "demo": "is the sum of five digits odd? 6 layers, 2 CPU cores",
     "search": "layers x delta x digits on products, the coupled accuracy decides; with --search optuna",
     "multiplication": "4 x 4 digits, 12 layers, one GPU",
     "gsm8k": "GSM8K in the folder data/gsm8k, from GPT-2 in a local folder; one GPU",
 }
 GPT2 = "networks/gpt2"  # a Hugging Face folder
 DEMO = Experiment(
-    task=RunningSums(length=6, base=4),
-    model=Decoder(num_layers=7, num_heads=4, width=64, init_std=0.125),  # 1 / sqrt(width): 0.02 waits on a plateau
+    task=RunningSums(length=5, base=8, modulus=2, train_size=20_000),
+    model=Decoder(num_layers=6, num_heads=4, width=64, init_std=0.125),  # 1 / sqrt(width): 0.02 waits on a plateau
     objective=AnswerLoss(),
     optimizer=AdamW(lr=2e-3, weight_decay=0.01),
     budget=Budget(steps=400, batch_size=64),
@@ -80,8 +80,8 @@ def sizes_of(preset: str) -> Sizes:
 
 
 def stages(base: Experiment, sizes: Sizes) -> tuple[Stage, ...]:
-    """What each stage changes in the base, the explicit chain. A chain of its length gets all updates of a whole run
-    for each of its tokens but the last; no chain as many as that."""
+    """What each stage changes in the base, the explicit chain. Stepwise removal has as many updates for each
+    token of the chain, and three times as many without any; no chain has as many in all."""
     decoder, task, steps = base.model, base.task, base.budget.total
     assert isinstance(decoder, Decoder) and isinstance(task, ChainOfThought)
     chain = task.widths().chain - 1
@@ -91,7 +91,7 @@ def stages(base: Experiment, sizes: Sizes) -> tuple[Stage, ...]:
     )
     regression = {**hidden, **lowest, "objective": StateRegression(), "budget.steps": 2 * steps}
     stepwise = StepwiseInternalization(remove_every=steps, remove_all_from=chain, keep_positions=True)
-    long = {"budget.steps": (chain + 1) * steps}
+    long = {"budget.steps": (chain + 3) * steps}
     found: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         "explicit": ({}, {}),
         "no_chain": ({**long, "task.form": "none"}, {}),

@@ -1,4 +1,4 @@
-"""The sum of some digits in a base, with the running sums as chain: `3 1 2 3||0 2 #### 1` in base 4.
+"""The sum of some digits in a base or another modulus, with the running sums as chain: `3 1 2 3||0 2 #### 1` in base 4.
 
 A small task on which methods can be told apart: the chain makes each step a sum of two digits.
 """
@@ -20,10 +20,11 @@ MOST_TRAINED = 100_000  # training rows where no size is given
 
 class RunningSums(SymbolChain):
     """Inputs [N, length]: digits below `base`. The chain is the sums of the first 2 to length - 1 digits, the answer
-    the sum of all, each modulo `base`. No input occurs twice."""
+    the sum of all, each modulo `modulus`. No input occurs twice."""
 
     length: int = Field(6, ge=3, description="digits of a question")
-    base: int = Field(4, ge=2, le=len(DIGITS))
+    base: int = Field(4, ge=2, le=len(DIGITS), description="digits are below it")
+    modulus: int | None = Field(None, ge=2, le=len(DIGITS), description="of the sums; default: base")
     train_size: int | None = Field(
         None, gt=0, description=f"examples; default: all that are left, at most {MOST_TRAINED:,}"
     )
@@ -42,7 +43,7 @@ class RunningSums(SymbolChain):
 
     @property
     def symbols(self) -> str:
-        return DIGITS[: self.base]
+        return DIGITS[: max(self.base, self.modulus or 0)]
 
     @property
     def num_train(self) -> int:
@@ -60,5 +61,5 @@ class RunningSums(SymbolChain):
         return {"train": splits.pop("train"), **splits}
 
     def write(self, inputs: IntArray) -> Symbols:
-        sums = inputs.cumsum(1) % self.base
+        sums = inputs.cumsum(1) % (self.modulus or self.base)
         return Symbols(inputs, sums[:, 1:-1], sums[:, -1:])

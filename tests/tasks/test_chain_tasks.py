@@ -241,3 +241,14 @@ def test_no_question_twice(length: int, base: int, sizes: tuple[int, ...]) -> No
     assert counts.min() > 0.9 * counts.mean()
     with pytest.raises(ConfigError, match="train_size: 65, .* more than the 64 questions"):
         RunningSums.from_dict({"length": 3, "train_size": 65, "validation_size": 1, "test_size": 1})
+
+
+def test_sums_in_another_modulus():
+    task = RunningSums(length=5, base=8, modulus=2, **SIZES)
+    inputs = task.draw()["test"]
+    for row, example in zip(inputs, task.texts("test"), strict=True):
+        sums = [sum(row[: n + 1]) % 2 for n in range(5)]
+        assert example.question.split() == [str(digit) for digit in row]
+        assert example.chain.split() == [str(s) for s in sums[1:-1]]
+        assert example.answer.split()[-1] == str(sums[-1])
+    assert RunningSums(length=5, base=2, modulus=8, **{name: 5 for name in SIZES}).symbols == "01234567"
