@@ -34,7 +34,7 @@ ui: install
 	$(BIN)/groundswell ui $(ARGS)
 
 benchmarks: install
-	for name in step_time loop_overhead sweep_efficiency reversal_epochs tracing probe_pool scaling arithmetic_step grid_eval edge_step; do $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
+	for name in step_time loop_overhead sweep_efficiency reversal_epochs tracing probe_pool scaling arithmetic_step grid_eval edge_step implicit_cot_step; do $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -227,6 +227,7 @@ class TaughtModel(ChainModel):
 
     def check(self, task: Task) -> None:
         super().check(task)
+        self._check_chain(task)
         if not self.teacher or not stages.is_there(self.teacher):
             return  # an earlier stage or another machine has it; a run fails for want of it
         outline = teacher_outline(self.teacher)
@@ -241,6 +242,16 @@ class TaughtModel(ChainModel):
             raise ValueError(
                 f"model.teacher: has {positions} positions, less than the task's {task.max_length} tokens; give a "
                 "teacher of this task"
+            )
+
+    def _check_chain(self, task: Task) -> None:
+        """Of the second layer's state at least."""
+        widths = getattr(task, "widths", None)
+        longest = widths().chain if callable(widths) else None
+        if longest is not None and isinstance(self.delta, int) and self.delta > longest:
+            raise ValueError(
+                f"model.delta {self.delta} is beyond the longest chain, whose end is {longest} tokens after its start; "
+                "take fewer, or dynamic"
             )
 
     def _check_teacher(self, outline: Outline) -> None:

@@ -19,6 +19,7 @@ from models.chain_student import MindReadingStudent
 from models.chain_teacher import StateCache, teacher_in
 from models.decoder import Decoder
 from models.objectives import AnswerLoss
+from tasks.running_sums import RunningSums
 
 VOCABULARY = tuple(str(token) for token in range(122))
 CPU = torch.device("cpu")
@@ -405,3 +406,12 @@ def test_plans_measure_the_decoder(stage):
 def test_configurations_are_read_back(stage):
     assert type(stage[0]).from_dict(stage[0].to_dict()) == stage[0]
     assert isinstance(stage[0], MindReadingStudent | ThoughtEmulator | CoupledStudent)
+
+
+@pytest.mark.parametrize("kind", [MindReadingStudent, ThoughtEmulator])
+def test_a_delta_beyond_every_chain(kind):
+    """The second separator of five base-4 digits is five tokens after the first: three sums, a space, and itself."""
+    task = RunningSums(length=5, train_size=50, validation_size=20, test_size=20, form="hidden")
+    kind(decoder=Decoder(num_layers=3), delta=5).check(task)
+    with pytest.raises(ValueError, match=r"model\.delta 6 is beyond the longest chain, whose end is 5 tokens"):
+        kind(decoder=Decoder(num_layers=3), delta=6).check(task)
