@@ -80,6 +80,7 @@ def test_a_failed_stage_fails_those_that_start_from_it(sweep, tmp_path):
     assert "which it starts from, is diverged" in printed
 
 
+@pytest.mark.slow
 def test_a_scheduler_is_refused(sweep):
     code, _, complaint = sweep("--scheduler", "asha")
     assert code == 2
