@@ -53,7 +53,7 @@ def edge_pruning_report(
         values["num_edges"] > ACDC_EDGES * (1 - values["edge_sparsity"]) for values in found.values()
     ):
         remarks.append(
-            f"ACDC is left out on graphs of more than {ACDC_EDGES:,} edges, where it takes hours; for a few thresholds: "
+            f"ACDC is left out on graphs of more than {ACDC_EDGES:,} edges, where it takes hours; for one threshold: "
             "groundswell circuit compare RUN --methods acdc --thresholds 0.01"
         )
     if figures and methods:

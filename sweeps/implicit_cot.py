@@ -68,8 +68,9 @@ def sizes_of(preset: str) -> Sizes:
     if preset == "gsm8k":
         gpt2, start = {"model": TransformersModel(path=GPT2)}, {"model.start": GPT2}
         mixture = {"model.mixture_size": "vocabulary"}
+        task = ChainFiles.from_dict({"path": "data/gsm8k", "tokenizer": GPT2})
         return {
-            "all": {**PUBLISHED, "task": ChainFiles.from_dict({"path": "data/gsm8k", "tokenizer": GPT2}), "budget.steps": 180_000},
+            "all": {**PUBLISHED, "task": task, "budget.steps": 180_000},
             "explicit": gpt2, "no_chain": {**gpt2, "budget.steps": 180_000},
             "stepwise": {**gpt2, "objective.remove_every": 3_000, "objective.remove_all_from": 39,
                          "objective.keep_positions": False, "budget.steps": 180_000},

@@ -251,4 +251,4 @@ def test_sums_in_another_modulus():
         assert example.question.split() == [str(digit) for digit in row]
         assert example.chain.split() == [str(s) for s in sums[1:-1]]
         assert example.answer.split()[-1] == str(sums[-1])
-    assert RunningSums(length=5, base=2, modulus=8, **{name: 5 for name in SIZES}).symbols == "01234567"
+    assert RunningSums(length=5, base=2, modulus=8, **dict.fromkeys(SIZES, 5)).symbols == "01234567"
