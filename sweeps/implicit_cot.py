@@ -109,12 +109,14 @@ def build(preset: str) -> Sweep:
     sizes = sizes_of(preset)
     base = DEMO.with_overrides(sizes.get("all", {}))
     axes = {"seed": Axis(values=(0, 1))}
+    chosen = stages(base, sizes)
     if preset == "search":
+        chosen = tuple(stage for stage in chosen if stage.name not in ("no_chain", "stepwise"))
         shape = Axis(values=(4, 6, 8), also=("model.decoder.num_layers",))
         axes |= {"model.num_layers": shape, "model.delta": Axis(values=("dynamic", 1, 2, 3)),
                  "task.digits": Axis(values=(2, 3)), "seed": Axis(values=(0,))}  # fmt: skip
     return Sweep(
-        "implicit_cot", base, axes, metric=BEST, stages=stages(base, sizes), report=implicit_cot_report,
+        "implicit_cot", base, axes, metric=BEST, stages=chosen, report=implicit_cot_report,
         probes=(ChainOfThoughtEvaluation(),),
     )  # fmt: skip
 
