@@ -205,9 +205,11 @@ class PackTrainer:
         self._keep([row for row, ends in enumerate(asked) if not ends])
 
     def save_all(self) -> None:
-        """A resumable state now: on Ctrl-C and before a worker goes away."""
-        for row in range(len(self.runs)):
-            self._save(row)
+        """A resumable state now: on Ctrl-C and before a worker goes away. Before the first step there is none: who went
+        on from it would take the untrained model's evaluation for done."""
+        if self.runs and self._current_pack().step_count > 0:
+            for row in range(len(self.runs)):
+                self._save(row)
 
 
 def _now_ms() -> int:

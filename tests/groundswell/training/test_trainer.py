@@ -187,6 +187,16 @@ def test_save_all_then_resume_from_between_schedules(tiny, make_run):
     assert_equal_runs(whole, stopped)
 
 
+def test_left_before_the_first_step(tiny, make_run):
+    """Nothing is saved, so that the untrained model is still evaluated by who goes on."""
+    whole, left = make_run(tiny), make_run(tiny, sweep="left")
+    PackTrainer([left]).save_all()
+    assert left.checkpoint_steps() == []
+    train(left)
+    train(whole)
+    assert_equal_runs(left, whole)
+
+
 def test_clock_checkpoints(tiny, make_run):
     folder = make_run(tiny.with_overrides({"checkpointing.every_s": 1e-9}))
     trainer = PackTrainer([folder])
