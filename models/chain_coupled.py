@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from groundswell import stages
 from groundswell.config import ConfigError
 from groundswell.protocols import Parameters, ParameterSpec
 from models import chain_student
-from models.chain_emulator import MixtureSize, ThoughtEmulator, check_mixture, emulate, emulator_specs
+from models.chain_emulator import MixtureSize, ThoughtEmulator, emulate, emulator_specs
 from models.chain_model import ChainModel, NamedWeights, Start, network_settings, open_weights
 from models.chain_student import MindReadingStudent, student_specs
 
@@ -42,12 +42,6 @@ class CoupledStudent(ChainModel):
     emulator_folder: str = Field("", description="checkpoint of the emulator to start from; else it is drawn")
     mixture_size: MixtureSize = Field(1, description="of the emulator")
     softmax_temperature: float = Field(0.05, gt=0, description="of the emulator's softmax over mixture components")
-
-    @field_validator("mixture_size")
-    @classmethod
-    def _check_mixture(cls, value: MixtureSize) -> MixtureSize:
-        check_mixture(value)
-        return value
 
     # ---- parameters ----
 

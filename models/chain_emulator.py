@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from groundswell.config import ConfigError
@@ -23,12 +23,15 @@ from models.decoder import Decoder
 from models.layers import embed, take
 
 MIXTURE = "mixture_components.weight"
-MixtureSize = int | Literal["vocabulary"]
 
 
-def check_mixture(size: MixtureSize) -> None:
+def _check_mixture(size: int | str) -> int | str:
     if isinstance(size, int) and size < 1:
         raise ValueError(f"mixture_size {size} is less than 1; use 1, 2, ... components, or vocabulary")
+    return size
+
+
+MixtureSize = Annotated[int | Literal["vocabulary"], AfterValidator(_check_mixture)]
 
 
 def emulator_specs(
@@ -135,12 +138,6 @@ class ThoughtEmulator(TaughtModel):
 
     mixture_size: MixtureSize = Field(1, description="mixture components; vocabulary: one for each token")
     softmax_temperature: float = Field(0.05, gt=0, description="of the softmax that mixes the components")
-
-    @field_validator("mixture_size")
-    @classmethod
-    def _check_mixture(cls, value: MixtureSize) -> MixtureSize:
-        check_mixture(value)
-        return value
 
     def parameters(self, vocab_size: int, max_length: int) -> list[ParameterSpec]:
         return emulator_specs(self.decoder, vocab_size, max_length, self.mixture_size)

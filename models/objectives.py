@@ -39,10 +39,7 @@ class AnswerLoss(Objective):
 
     def evaluate(self, model: Model, parameters: Parameters, batch: Split, answer: Answer) -> dict[str, Tensor]:
         logits = model.answer_logits(parameters, batch.tokens, batch.positions)
-        right = (logits.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
-        losses, _ = token_losses(logits[:, :, answer.columns], batch.targets[:, :, answer.columns])
-        counted = (batch.targets[:, :, answer.columns] != IGNORE).sum(-1).clamp(min=1)
-        return {"accuracy": right.all(-1), "answer_loss": losses.sum(-1) / counted}
+        return answer_metrics(logits, batch, answer)
 
 
 class WordLoss(Objective):
@@ -98,6 +95,14 @@ def answer_losses(logits: Tensor, batch: Split, answer: Answer) -> tuple[Tensor,
     answers = losses.detach()[:, :, proper].sum((1, 2)) / counted[:, :, proper].sum((1, 2)).clamp(min=1)
     accuracy = (right | ~counted).all(-1).to(losses.dtype).mean(-1)
     return losses.sum((1, 2)), {"answer_loss": answers, "accuracy": accuracy}
+
+
+def answer_metrics(logits: Tensor, batch: Split, answer: Answer) -> dict[str, Tensor]:
+    """logits [K, B, A, V] -> evaluation metrics of `AnswerLoss` [K, B]."""
+    right = (logits.argmax(-1) == batch.targets) | (batch.targets == IGNORE)
+    losses, _ = token_losses(logits[:, :, answer.columns], batch.targets[:, :, answer.columns])
+    counted = (batch.targets[:, :, answer.columns] != IGNORE).sum(-1).clamp(min=1)
+    return {"accuracy": right.all(-1), "answer_loss": losses.sum(-1) / counted}
 
 
 def _word_nll(losses: Tensor) -> Tensor:

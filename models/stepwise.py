@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from groundswell.protocols import IGNORE, Answer, Model, Objective, Parameters, Split
-from models.objectives import answer_losses, token_losses
+from models.objectives import answer_losses, answer_metrics
 
 if TYPE_CHECKING:
     from groundswell.experiment import Experiment
@@ -114,14 +114,7 @@ class StepwiseInternalization(Objective):
         removed = torch.full(batch.tokens.shape[:2], ALL, device=batch.tokens.device)
         shorter, _, places = without_chain(batch, removed, self.side)
         logits = model.answer_logits(parameters, shorter.tokens, shorter.positions, **self._options(places))
-        counted = shorter.targets != IGNORE
-        right = (logits.argmax(-1) == shorter.targets) | ~counted
-        columns = answer.columns
-        losses, _ = token_losses(logits[:, :, columns], shorter.targets[:, :, columns])
-        return {
-            "accuracy": right.all(-1),
-            "answer_loss": losses.sum(-1) / counted[:, :, columns].sum(-1).clamp(min=1),
-        }
+        return answer_metrics(logits, shorter, answer)
 
 
 def without_chain(batch: Split, removed: Tensor, side: Side) -> tuple[Split, Tensor, Tensor]:

@@ -57,9 +57,7 @@ class InOrder(PackSource):
                 self._held.remove(pack)
                 return pack
         while (asked := self._source.next_pack()) is not None:
-            pack = [
-                run for run in asked if run.run_id not in self._open
-            ]  # settings share runs: one teacher, many pupils
+            pack = [run for run in asked if run.run_id not in self._open]  # settings share runs
             self._open.update(run.run_id for run in pack)
             if pack and self._is_ready(pack):
                 return pack

@@ -248,11 +248,8 @@ def format_value(value: Any) -> str:
 
 
 def unique_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Equal experiments once, in order. The first of them names the run."""
-    unique: dict[str, PlannedRun] = {}
-    for run in runs:
-        unique.setdefault(run.run_id, run)
-    return list(unique.values())
+    """Equal experiments once, in order."""
+    return list({run.run_id: run for run in runs}.values())
 
 
 # ---- packs ----
